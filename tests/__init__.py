@@ -1,0 +1,1 @@
+"""Tests of the mTLS lab: real openssl, real certificates, real processes, free ports."""

@@ -7,6 +7,7 @@
 # Needs OpenSSL 1.1.1+ or LibreSSL 3.3+, and bash 3.2+ (what macOS has).
 set -euo pipefail
 umask 077   # private from the moment they exist: some openssls create keys readable by all
+LC_ALL=C    # so that A-Z means these letters and no others, in every language and bash
 
 usage() {
   cat <<'TEXT'
@@ -26,12 +27,12 @@ fail() {
 # --- What is asked for ---------------------------------------------------------------------
 
 name=          # empty: the whole set
-case "$#:${1:-}" in
-  0:) ;;
-  1:-h | 1:--help) usage; exit 0 ;;
-  2:client) name=$2 ;;
-  1:client) echo 'gen_certs.sh: client needs a NAME, as in: bash certs/gen_certs.sh client alice' >&2; exit 2 ;;
-  *) usage >&2; exit 2 ;;
+case "$#:${1:-}:${2:-}" in
+  0::) ;;
+  1:-h: | 1:--help: | 2:client:-h | 2:client:--help) usage; exit 0 ;;
+  1:client: | 2:client:) echo 'gen_certs.sh: client needs a NAME, as in: bash certs/gen_certs.sh client alice' >&2; exit 2 ;;
+  2:client:*) name=$2 ;;
+  *) usage >&2; printf 'gen_certs.sh: these arguments make no sense: %s\n' "$*" >&2; exit 2 ;;
 esac
 
 certs=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -47,18 +48,23 @@ esac
 
 # The kernel keeps this lock for as long as this process lives: a killed run cannot leave it
 # behind, and two runs can never both hold it. macOS and Git Bash have no flock, but perl.
-exec 9<>"$certs/gen_certs.sh"
+{ exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || fail "cannot write in $certs"
 if command -v flock >/dev/null; then flock -n 9
 else perl -e 'use Fcntl ":flock"; open(my $f, "+<&=", 9) && flock($f, LOCK_EX | LOCK_NB) or exit 1'
 fi || fail 'another run is at work on these certificates; try again when it has finished'
 
-rm -rf "$certs"/.new.*   # what a killed run (kill -9) could not clean up
-work=$(mktemp -d "$certs/.new.XXXXXX") || fail "cannot write in $certs"
-cleanup() { cd "$certs" && rm -rf "$work"; }
+# Whoever holds the lock may remove every .new.*: it is this run's, or a killed run's (kill -9).
+cleanup() {
+  trap '' HUP INT TERM           # a second Ctrl+C must not stop this
+  cd "$certs" 2>/dev/null || :   # Windows removes no folder that one stands in
+  rm -rf "$certs"/.new.*
+}
 trap cleanup EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
+rm -rf "$certs"/.new.*
+work=$(mktemp -d "$certs/.new.XXXXXX") || fail "cannot write in $certs"
 
 step=
 begin() { step=$1; printf '%s\n' "$step"; }
@@ -67,7 +73,7 @@ begin() { step=$1; printf '%s\n' "$step"; }
 # it. It must not inherit the lock (9): a child that outlives us would hold on to it.
 run() {
   if ! openssl "$@" >"$work/log" 2>&1 9>&-; then
-    cat "$work/log" >&2
+    cat "$work/log" >&2 || :
     fail "failed at $step; the certificates that were there are unchanged"
   fi
 }
@@ -77,7 +83,8 @@ run() {
 mkdir "$work/certs"
 cd "$work"
 for file in ca server client; do
-  cp "$certs/$file.cnf" certs/ || fail "restore certs/$file.cnf, for example with: git checkout certs"
+  [ -f "$certs/$file.cnf" ] || fail "certs/$file.cnf is missing; restore it, for example with: git checkout certs"
+  cp "$certs/$file.cnf" certs/
 done
 
 # --- The pieces ----------------------------------------------------------------------------
@@ -107,7 +114,8 @@ export_pfx() {
     openssl pkcs12 "$@" 9>&- || fail "failed at $step; the certificates that were there are unchanged"
   else
     if [ -z "${MTLS_PFX_PASSWORD:-}" ]; then
-      made_up_password=$(openssl rand -hex 12)
+      run rand -hex -out "$work/password" 12
+      made_up_password=$(cat "$work/password")
       MTLS_PFX_PASSWORD=$made_up_password
     fi
     export MTLS_PFX_PASSWORD
@@ -154,10 +162,12 @@ if [ -n "$name" ]; then
     client) fail "'client' is made with the whole set: bash certs/gen_certs.sh" ;;
   esac
   [ "${#name}" -le 64 ] || fail 'a NAME has at most 64 characters (the limit of a common name)'
-  [ -f "$certs/ca.crt" ] && [ -f "$certs/ca.key" ] || fail 'there is no CA yet; make it first: bash certs/gen_certs.sh'
+  if [ ! -f "$certs/ca.crt" ] || [ ! -f "$certs/ca.key" ]; then
+    fail 'there is no CA yet; make it first: bash certs/gen_certs.sh'
+  fi
   for file in "$certs/$name.crt" "$certs/$name.key" "$certs/$name.csr" "$certs/$name.pfx"; do
     if [ -e "$file" ] && ! of_former_ca "$certs/$name.crt"; then
-      fail "certs/${file##*/} exists; choose another NAME, or remove it first: rm certs/$name.*"
+      fail "certs/${file##*/} exists; choose another NAME, or remove it first: rm certs/$name.{crt,csr,key,pfx}"
     fi
   done
   cp "$certs"/ca.* certs/
@@ -168,7 +178,8 @@ if [ -n "$name" ]; then
   export_pfx "$name"
   verify_chain "$name" sslclient
 
-  install "certs/$name.key" "certs/$name.csr" "certs/$name.crt" "certs/$name.pfx" certs/ca.srl
+  # The serial first: one that is counted but not used is harmless, one used twice is not.
+  install certs/ca.srl "certs/$name.key" "certs/$name.csr" "certs/$name.crt" "certs/$name.pfx"
   printf '\nMade certs/%s.crt, .key, .csr and .pfx, CN %s, %s.\n' "$name" "$name" "$(valid_until "$name")"
   show_password "$name"
   printf 'Next: python3 client/client.py --cert certs/%s.crt --key certs/%s.key\n' "$name" "$name"

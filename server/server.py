@@ -21,6 +21,7 @@ import queue
 import re
 import signal
 import socket
+import socketserver
 import ssl
 import sys
 import threading
@@ -266,8 +267,8 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
         """Bind without HTTPServer's reverse look-up of the host's name, which can hang for seconds."""
         if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        http.server.socketserver.TCPServer.server_bind(self)
-        self.server_name, self.server_port = self.server_address[:2]
+        socketserver.TCPServer.server_bind(self)
+        self.server_port = self.socket.getsockname()[1]
 
     # Accepting
 
@@ -276,30 +277,27 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
         with self.changed:
             if len(self.connections) >= self.max_connections:
                 self.make_room()
+            if len(self.connections) >= self.max_connections:
+                raise BlockingIOError("no room: the newcomer stays in the listen queue")
         try:
             plain, address = self.socket.accept()
-        except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                with self.changed:
-                    self.make_room()   # it also waits: trying again at once would be a busy loop
+        except OSError:   # out of descriptors? Trying again at once would be a busy loop
+            self.make_room()
             raise
         connection = self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         assert isinstance(connection, Connection)
+        self.enter(connection, Phase.HANDSHAKE)
         with self.changed:
             self.connections.add(connection)
-            self.enter(connection, Phase.HANDSHAKE)
         return connection, address
 
     def make_room(self) -> None:
-        """Let the one go that is worth least, and wait a moment until there is room.
-
-        Raises BlockingIOError if there is none: the newcomer stays in the listen queue.
-        """
-        waiting = [one for one in self.connections if one.phase <= Phase.IDLE and not one.given_up]
-        if waiting:
-            self.give_up(min(waiting, key=lambda one: (one.phase, one.deadline)))
-        if not self.changed.wait_for(lambda: len(self.connections) < self.max_connections, timeout=0.1):
-            raise BlockingIOError("no room for another connection")
+        """Let the one go that is worth least, and wait until a connection has left, 0.1 s at most."""
+        with self.changed:
+            waiting = [one for one in self.connections if one.phase <= Phase.IDLE and not one.given_up]
+            if waiting:
+                self.give_up(min(waiting, key=lambda one: (one.phase, one.deadline)))
+            self.changed.wait(0.1)
 
     def process_request(self, request: Any, client_address: Any) -> None:
         """Hand the connection to an idle thread, or to a new one if there is none.
@@ -334,6 +332,10 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
         """The handshake, then the requests. A failed handshake is logged with its reason."""
         try:
             request.do_handshake()
+            if hasattr(socket, "TCP_QUICKACK"):
+                # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
+                # and a client with Nagle's algorithm holds its first request back for that ACK.
+                request.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
             request.common_name = common_name(request.getpeercert())
         except (OSError, ValueError) as error:
             reason = in_words(error)
@@ -355,8 +357,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
                 with contextlib.suppress(OSError):
                     request.unwrap()
                 request.settimeout(None)
-            with self.changed:
-                self.enter(request, Phase.CLOSING)
+            self.enter(request, Phase.CLOSING)
             request.shutdown(socket.SHUT_WR)   # also drops the TLS layer: from here on plain bytes
             left = MAX_DRAIN
             while left > 0 and (received := len(request.recv(64 * 1024))):
@@ -380,14 +381,12 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
     # Deadlines
 
     def enter(self, connection: Connection, phase: Phase) -> bool:
-        """Begin a phase and its deadline. False if the connection has been given up before.
-
-        Hold the lock: between the last look and this change the server may give it up.
-        """
-        wanted = not connection.given_up and not (self.stopping and phase is Phase.IDLE)
-        connection.phase = phase
-        connection.deadline = time.monotonic() + DEADLINES[phase]
-        connection.given_up = False
+        """Begin a phase and its deadline. False if the connection was given up just before."""
+        with self.changed:
+            wanted = not connection.given_up and not (self.stopping and phase is Phase.IDLE)
+            connection.phase = phase
+            connection.deadline = time.monotonic() + DEADLINES[phase]
+            connection.given_up = False
         return wanted
 
     def give_up(self, connection: Connection) -> None:
@@ -454,27 +453,25 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
     server: MutualTLSServer
     connection: Connection
     rfile: BufferedReader
+    raw_requestline: bytes
+    outcome: tuple[str, ...]         # lines for the log: what came of the request
+    keep_alive: bool                 # what the client wants
 
     def version_string(self) -> str:
         """The Server header: our name, not Python's version, which helps only attackers."""
         return "mTLS-Lab"
 
-    def enter(self, phase: Phase) -> bool:
-        """See `MutualTLSServer.enter`."""
-        with self.server.changed:
-            return self.server.enter(self.connection, phase)
-
     def handle_one_request(self) -> None:
         """Wait for a request's first byte, then let the base class read and dispatch it."""
         self.requestline, self.command, self.outcome = "", "", ()
         self.close_connection = True
-        if not self.enter(Phase.IDLE):
+        if not self.server.enter(self.connection, Phase.IDLE):
             return
         first = self.rfile.peek(1)[:1]
-        if not first or not self.enter(Phase.REQUEST):
+        if not first or not self.server.enter(self.connection, Phase.REQUEST):
             return
         if first == b"\x16":   # a TLS record: no line end may ever come
-            self.send_error(HTTPStatus.BAD_REQUEST, "this is TLS inside TLS")
+            self.send_error(HTTPStatus.BAD_REQUEST, "request: is TLS inside TLS")
             return
         super().handle_one_request()
 
@@ -490,7 +487,7 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         self.requestline = self.raw_requestline.decode("latin-1").rstrip("\r\n")
         match = REQUEST_LINE.fullmatch(self.raw_requestline)
         if not match:
-            return self.bad_line(self.raw_requestline, "request line: must be METHOD TARGET HTTP/1.1")
+            return self.refuse_line(self.raw_requestline, "request line: must be METHOD TARGET HTTP/1.1")
         if match[3] != b"1":
             status = HTTPStatus.BAD_REQUEST if match[3] == b"0" else HTTPStatus.HTTP_VERSION_NOT_SUPPORTED
             self.send_error(status, "HTTP version: must be 1.0 or 1.1")
@@ -505,7 +502,7 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
                 return False
             match = HEADER_LINE.fullmatch(line)
             if not match:
-                return self.bad_line(line, "header line: must be NAME: VALUE")
+                return self.refuse_line(line, "header line: must be NAME: VALUE")
             self.headers[match[1].decode()] = match[2].decode("latin-1").strip(" \t")
 
         hosts = len(self.headers.get_all("Host", []))
@@ -513,100 +510,78 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
             self.send_error(HTTPStatus.BAD_REQUEST, "Host header: must be there once")
             return False
         options = {option.strip().lower() for option in ",".join(self.headers.get_all("Connection", [])).split(",")}
-        self.close_connection = "close" in options or (
-            self.request_version == "HTTP/1.0" and "keep-alive" not in options)
+        self.keep_alive = "close" not in options and (
+            self.request_version == "HTTP/1.1" or "keep-alive" in options)
+        # Unless we read it, a body must not be taken for the next request: close after the answer.
+        lengths = self.headers.get_all("Content-Length", [])
+        has_body = "Transfer-Encoding" in self.headers or any(length != "0" for length in lengths)
+        self.close_connection = has_body or not self.keep_alive
         return True
-
-    def bad_line(self, line: bytes, rule: str) -> bool:
-        """Answer a line that breaks the rule, or did not come to its end; always False."""
-        if line.endswith(b"\n"):
-            self.send_error(HTTPStatus.BAD_REQUEST, rule)
-        else:
-            self.send_incomplete()
-        return False
 
     def do_GET(self) -> None:
         """Judge any request in this order: who asks, for what, how; then serve it."""
-        # A body that nobody reads must not be taken for the next request: close after the answer.
-        keep_alive = not self.close_connection
-        if self.headers.get("Content-Length", "0") != "0" or "Transfer-Encoding" in self.headers:
-            self.close_connection = True
-
         # The handshake proved who the client is (authentication). Whether this client may come
         # in is our decision (authorization): our CA may have certified others, too.
         name = self.connection.common_name
         if name is None or name not in self.server.allowed_cns:
             self.outcome = (f"FORBIDDEN | CN={name!r} | not in the allowed list",)
-            self.respond(HTTPStatus.FORBIDDEN, {"error": f"client certificate: CN {name!r} is not in the allowed list"})
-            return
+            return self.refuse(HTTPStatus.FORBIDDEN, f"client certificate: CN {name!r} is not in the allowed list")
         try:
-            path = urllib.parse.urlsplit(self.path).path   # without query; an absolute URL is fine too
+            path = urllib.parse.urlsplit(self.path).path   # without the query; an absolute URL is fine, too
         except ValueError:
             path = ""
         if path != "/todo":
-            self.respond(HTTPStatus.NOT_FOUND, {"error": "path: only /todo is here"})
-        elif self.command not in ("GET", "HEAD", "POST"):
-            self.respond(HTTPStatus.METHOD_NOT_ALLOWED, {"error": "method: must be GET, HEAD or POST"},
-                         Allow="GET, HEAD, POST")
-        elif not self.has_sound_length():
-            self.send_error(HTTPStatus.BAD_REQUEST, "Content-Length: must be one plain number, without Transfer-Encoding")
-        elif self.command == "POST":
-            self.create_todo(name, keep_alive)
-        else:
-            self.outcome = (f"AUTHENTICATED | CN={name!r} | serving /todo",)
-            self.respond(HTTPStatus.OK, self.server.store.encoded(name))
+            return self.refuse(HTTPStatus.NOT_FOUND, "path: only /todo is here")
+        if self.command not in ("GET", "HEAD", "POST"):
+            return self.refuse(HTTPStatus.METHOD_NOT_ALLOWED, "method: must be GET, HEAD or POST",
+                               Allow="GET, HEAD, POST")
+        # RFC 9112 section 6.3: unless the headers leave no doubt where the body ends, close.
+        lengths = {one.strip() for line in self.headers.get_all("Content-Length", []) for one in line.split(",")}
+        length = lengths.pop() if lengths else ""
+        if lengths or (length and (not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers)):
+            return self.send_error(HTTPStatus.BAD_REQUEST,
+                                   "Content-Length: must be one plain number, without Transfer-Encoding")
+        if self.command == "POST":
+            return self.create_todo(name, length.lstrip("0") or length[:1])
+        self.outcome = (f"AUTHENTICATED | CN={name!r} | serving /todo",)
+        return self.respond(HTTPStatus.OK, self.server.store.encoded(name))
 
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = do_GET
 
-    def has_sound_length(self) -> bool:
-        """Whether the headers leave no doubt where the body ends (RFC 9112 section 6.3)."""
-        lengths = {length.strip() for line in self.headers.get_all("Content-Length", []) for length in line.split(",")}
-        return not lengths or (len(lengths) == 1 and all(one.isascii() and one.isdigit() for one in lengths)
-                               and "Transfer-Encoding" not in self.headers)
-
-    def create_todo(self, name: str, keep_alive: bool) -> None:
-        """POST /todo. ``keep_alive``: whether the connection may go on once the body is read."""
-        if "Content-Length" not in self.headers:
-            self.close_connection = True   # a body may follow all the same
-            self.respond(HTTPStatus.LENGTH_REQUIRED, {"error": "Content-Length: is required"})
-            return
-        digits = self.headers["Content-Length"].split(",")[0].strip().lstrip("0") or "0"
-        if len(digits) > len(str(MAX_BODY)) or int(digits) > MAX_BODY:
-            self.respond(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, {"error": f"body: must have at most {MAX_BODY:,} bytes"})
-            return
-        # A web page can make a browser that holds the PFX POST a form, but not JSON unasked.
-        if self.headers.get_content_type() != "application/json" or "Content-Type" not in self.headers:
-            self.respond(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, {"error": "header to send: Content-Type: application/json"})
-            return
+    def create_todo(self, name: str, length: str) -> None:
+        """POST /todo by the client ``name``, with a body of ``length`` bytes (digits; "" if not given)."""
+        if not length:
+            return self.send_error(HTTPStatus.LENGTH_REQUIRED, "Content-Length: must be given")
+        if len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:   # int() of a huge number is slow
+            return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body: must have at most {MAX_BODY:,} bytes")
+        # Any web page can make a browser that holds our PFX send a form, but not JSON.
+        if self.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
+            return self.refuse(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "header: must be Content-Type: application/json")
         if self.headers.get("Expect", "").lower() == "100-continue" and self.request_version == "HTTP/1.1":
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
             self.wfile.flush()
-        body = self.rfile.read(int(digits))
-        if len(body) < int(digits):
-            self.send_incomplete()
-            return
-        self.close_connection = not keep_alive
-
+        body = self.rfile.read(int(length))
+        if len(body) < int(length):
+            return self.refuse_incomplete()
+        self.close_connection = not self.keep_alive
         try:
             task, done = parse_todo(body)
         except ValueError as error:
-            self.respond(HTTPStatus.BAD_REQUEST, {"error": str(error)})
-            return
+            return self.refuse(HTTPStatus.BAD_REQUEST, str(error))
         item = self.server.store.add(task, done)
         if item is None:
-            self.respond(HTTPStatus.INSUFFICIENT_STORAGE,
-                         {"error": f"the list is full ({MAX_ITEMS:,} items); restart the server to empty it"})
-            return
+            return self.refuse(HTTPStatus.INSUFFICIENT_STORAGE,
+                               f"list: is full with {MAX_ITEMS:,} items; restart the server to empty it")
         self.outcome = (f"AUTHENTICATED | CN={name!r} | creating TODO", f"TODO CREATED | CN={name!r} | item={item!r}")
-        self.respond(HTTPStatus.CREATED, {"client": name, "message": "TODO item created", "todo": item})
+        return self.respond(HTTPStatus.CREATED, {"client": name, "message": "TODO item created", "todo": item})
 
     # Answers
 
     def respond(self, status: int, content: object, **headers: str) -> None:
         """Send one answer: ``content`` as JSON (bytes: JSON already), which HEAD only measures."""
         body = content if isinstance(content, bytes) else encode(content)
-        self.enter(Phase.RESPONSE)
+        self.server.enter(self.connection, Phase.RESPONSE)
         if self.server.stopping:
             self.close_connection = True
         self.send_response(status)
@@ -623,13 +598,25 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(body)
         self.wfile.flush()
 
-    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
-        """The base class's errors and those of broken requests: where the next one begins is unclear, so close."""
-        self.close_connection = True
-        self.respond(code, {"error": message or HTTPStatus(code).phrase})
+    def refuse(self, status: int, rule: str, **headers: str) -> None:
+        """Send an error that names the rule; the connection may live on."""
+        self.respond(status, {"error": rule}, **headers)
 
-    def send_incomplete(self) -> None:
-        """Answer a request that broke off: the time was up, or the peer had ended it."""
+    def send_error(self, code: int, message: str | None = None, explain: str | None = None) -> None:
+        """The same for the base class and for broken requests: where the next one begins is unclear, so close."""
+        self.close_connection = True
+        self.refuse(code, message or HTTPStatus(code).phrase)
+
+    def refuse_line(self, line: bytes, rule: str) -> bool:
+        """Refuse a line that breaks the rule, or did not come to its end; always False."""
+        if line.endswith(b"\n"):
+            self.send_error(HTTPStatus.BAD_REQUEST, rule)
+        else:
+            self.refuse_incomplete()
+        return False
+
+    def refuse_incomplete(self) -> None:
+        """Refuse a request that broke off: its time was up, or the peer had ended it."""
         if self.connection.given_up:
             self.send_error(HTTPStatus.REQUEST_TIMEOUT,
                             f"request: must be complete within {DEADLINES[Phase.REQUEST]:.0f} s")

@@ -429,7 +429,7 @@ def connection_limit() -> int:
     """MAX_CONNECTIONS, or as many as the descriptors (``ulimit -n``) allow with some to spare."""
     if sys.platform == "win32":
         return MAX_CONNECTIONS
-    import resource   # Unix only
+    import resource  # Unix only
 
     descriptors, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     if descriptors == resource.RLIM_INFINITY:
@@ -463,7 +463,7 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
 
     def handle_one_request(self) -> None:
         """Wait for a request's first byte, then let the base class read and dispatch it."""
-        self.requestline, self.command, self.outcome = "", "", ()
+        self.requestline, self.command, self.request_version, self.outcome = "", "", "HTTP/1.1", ()
         self.close_connection = True
         if not self.server.enter(self.connection, Phase.IDLE):
             return

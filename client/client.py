@@ -120,7 +120,7 @@ def parse_arguments() -> argparse.Namespace:
     port = os.environ.get("MTLS_SERVER_PORT") or "8443"
     parser = argparse.ArgumentParser(description="The lab's mutual TLS client: POST /todo, then GET /todo.")
     parser.add_argument("task", nargs="?", metavar="TASK", default="Añadir endpoint POST",
-                        help="the task to create (default: %(default)s)")
+                        help="the task to create (default %(default)s)")
     parser.add_argument("--url", type=https_url, default=f"https://127.0.0.1:{port}/todo",
                         help="where the server is (default https://127.0.0.1:8443/todo, with the port of "
                              "MTLS_SERVER_PORT if that is set)")

@@ -17,8 +17,10 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import termios
 import threading
 import time
+import unittest
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -68,11 +70,15 @@ def openssl(*arguments: str | Path, cwd: Path | None = None) -> str:
 
 # Generating a 4096-bit key costs seconds. This openssl keeps each key that it makes, by set,
 # size and file name, and hands out the same one next time; all else goes to the real openssl.
+# It creates files as LibreSSL does, with the mode that the umask leaves. The CA's key of any set
+# but the first has 2048 bits, because it is there quickly.
 _PREPARED_OPENSSL = """#!/bin/sh
 if [ "$1" = genrsa ]; then
-  kept="{keys}/${{PREPARED_SET:-first}}-$4-${{3##*/}}"
-  [ -e "$kept" ] || {{ "{openssl}" genrsa -out "$kept.$$" "$4" 2>/dev/null && mv "$kept.$$" "$kept"; }} || exit 1
-  cp "$kept" "$3"
+  set=${{PREPARED_SET:-first}}
+  bits=$4; [ "$set" = first ] || bits=2048
+  kept="{keys}/$set-$bits-${{3##*/}}"
+  [ -e "$kept" ] || {{ "{openssl}" genrsa -out "$kept.$$" "$bits" 2>/dev/null && mv "$kept.$$" "$kept"; }} || exit 1
+  cat "$kept" >"$3"
 else
   exec "{openssl}" "$@"
 fi
@@ -195,12 +201,15 @@ class Lines:
 class Server:
     """A running ``server.py``. Use it as a context manager: it is ended on the way out.
 
-    ``descriptors`` lowers its ``ulimit -n``; other keywords go to `subprocess.Popen`.
+    It listens on a free port, unless ``port`` is None: then the environment says which.
+    ``descriptors`` lowers its ``ulimit -n``.
     """
 
     def __init__(self, of: Lab, *arguments: str, env: Mapping[str, str | None] | None = None,
-                 descriptors: int | None = None) -> None:
-        command = [sys.executable, "-W", "error", str(of.root / "server" / "server.py"), "--port", "0", *arguments]
+                 port: str | None = "0", descriptors: int | None = None) -> None:
+        command = [sys.executable, "-W", "error", str(of.root / "server" / "server.py"), *arguments]
+        if port is not None:
+            command += ["--port", port]
         if descriptors is not None:
             command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
         self.lab = of
@@ -252,11 +261,11 @@ class Server:
 
     def connect(self, certificate: str | None = "client", context: ssl.SSLContext | None = None,
                 timeout: float = PATIENCE) -> ssl.SSLSocket:
-        """A TLS connection to it, after the handshake."""
+        """A TLS connection to it, after the handshake. Reading an end without close_notify raises SSLEOFError."""
         context = context or self.lab.context(certificate)
         plain = self.connect_plain(timeout)
         try:
-            return context.wrap_socket(plain, server_hostname="127.0.0.1")
+            return context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
         except BaseException:
             plain.close()
             raise
@@ -286,6 +295,156 @@ class Answer:
         return json.loads(self.body)
 
 
+class Talk:
+    """A TLS connection that is read answer by answer, also when several arrive together.
+
+    Use it as a context manager: it is closed on the way out.
+    """
+
+    def __init__(self, connection: ssl.SSLSocket) -> None:
+        self.connection = connection
+        self.file = connection.makefile("rb")
+
+    def __enter__(self) -> Talk:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+        self.connection.close()
+
+    def send(self, data: bytes) -> None:
+        """Send all of it."""
+        self.connection.sendall(data)
+
+    def answer(self, method: str = "GET") -> Answer:
+        """The next answer; ``method`` is that of its request (after HEAD comes no body)."""
+        return Answer(self, method)   # type: ignore[arg-type]   # reads it as a socket, by the methods below
+
+    def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
+        """Send a request, see `request`, and read its answer."""
+        self.send(request(method, path, body, **headers))
+        return self.answer(method)
+
+    def makefile(self, *_: object) -> Talk:
+        """What HTTPResponse reads from: this, not a new file, which would keep what it read too much."""
+        return self
+
+    def readline(self, limit: int = -1) -> bytes:
+        """For HTTPResponse."""
+        return self.file.readline(limit)
+
+    def read(self, amount: int = -1) -> bytes:
+        """For HTTPResponse; without an amount, all up to the connection's end."""
+        return self.file.read(amount)
+
+    def flush(self) -> None:
+        """For HTTPResponse."""
+
+    def close(self) -> None:
+        """For HTTPResponse, whose end is not the connection's."""
+
+
+class Wire:
+    """A TLS client whose bytes the test carries itself, and so can hold back or send one by one.
+
+    Use it as a context manager: it is closed on the way out.
+    """
+
+    def __init__(self, server: Server, certificate: str | None = "client") -> None:
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.tls = server.lab.context(certificate).wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
+        self.plain = server.connect_plain()
+
+    def __enter__(self) -> Wire:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.plain.close()
+
+    def bytes_of(self, step: Callable[[], object]) -> bytes:
+        """Take a step of TLS, as in ``bytes_of(wire.tls.do_handshake)``; returns the bytes that it wants to send."""
+        with contextlib.suppress(ssl.SSLWantReadError):
+            step()
+        return self._outgoing.read()
+
+    def flight(self) -> bytes:
+        """The second and last thing that a client has to send in a handshake; the first is sent here."""
+        self.plain.sendall(self.bytes_of(self.tls.do_handshake))
+        while not (flight := self.bytes_of(self.tls.do_handshake)):
+            self._incoming.write(self.plain.recv(65536))
+        return flight
+
+    def shake_hands(self) -> None:
+        """The whole handshake, as TLS 1.3 does it: nothing comes back after the flight."""
+        self.plain.sendall(self.flight())
+
+    def send(self, data: bytes) -> None:
+        """Send it encrypted."""
+        self.plain.sendall(self.bytes_of(lambda: self.tls.write(data)))
+
+    def hear(self) -> bytes:
+        """All that the server says until its close_notify. An end without one raises an OSError."""
+        heard = b""
+        while True:
+            try:
+                if not (piece := self.tls.read(65536)):
+                    return heard
+                heard += piece
+            except ssl.SSLZeroReturnError:   # close_notify, after we have sent ours
+                return heard
+            except ssl.SSLWantReadError:
+                data = self.plain.recv(65536)
+                self._incoming.write(data) if data else self._incoming.write_eof()
+
+
+class ServerCase(unittest.TestCase):
+    """What tests of the server share."""
+
+    def assert_ends_well(self, talk: Talk) -> None:
+        """The server says no more and closes in order."""
+        rest = b""
+        try:
+            while piece := talk.file.read1(65536):
+                rest += piece
+        except ssl.SSLZeroReturnError:   # this is close_notify, too, if we have sent ours before
+            pass
+        except OSError as error:
+            self.fail(f"the connection should end with close_notify, but: {error!r}")
+        self.assertEqual(rest, b"", "nothing may follow the answer")
+
+    def assert_no_defect_logged(self, server: Server) -> None:
+        """The server runs, and has written no traceback and no error of its own."""
+        self.assertIsNone(server.process.poll(), "the server has ended")
+        defects = [line for line in server.stderr.now() if not line.startswith("[SERVER] ") or "ERROR" in line]
+        self.assertEqual(defects, [], "the server should log no defect of its own")
+
+    def assert_unharmed(self, server: Server, before: tuple[int, int] | None) -> None:
+        """A proper client is served, threads and descriptors are back, and no defect was logged."""
+        self.assert_no_defect_logged(server)
+        with Talk(server.connect()) as talk:
+            self.assertEqual(talk.ask("GET", "/todo").status, 200, "a proper client must be served afterwards")
+        self.assertTrue(server.settles_to(before),
+                        f"threads and descriptors should be back to {before} within 3 s, but are {server.counts()}")
+        self.assert_no_defect_logged(server)
+
+
+class SharedServerCase(ServerCase):
+    """Tests that share one server, which must be unharmed after all of them."""
+
+    arguments: tuple[str, ...] = ()
+    server: Server
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        cls.server = Server(lab(), *cls.arguments)
+        cls.addClassCleanup(cls.server.__exit__)
+        before = cls.server.counts()   # only here, because the server's idle threads take a second to end
+        cls.addClassCleanup(lambda: cls("assert_unharmed").assert_unharmed(cls.server, before))
+
+    def tearDown(self) -> None:
+        self.assert_no_defect_logged(self.server)
+
+
 def request(method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
     """The bytes of a request; header names with ``_`` for ``-``. A body brings its length."""
     fields = {"Host": "localhost"}
@@ -311,7 +470,8 @@ def in_terminal(command: Sequence[str], answers: Sequence[tuple[str, str]] = (),
                 env: Mapping[str, str | None] | None = None) -> tuple[int, str]:
     """Run a command under a terminal of its own.
 
-    ``answers`` are (text to wait for, what to type then) in order; ``"\\x03"`` is Ctrl+C.
+    ``answers`` are (text to wait for, what to type then) in order; ``"\\x03"`` is Ctrl+C. To a text that
+    ends in "assword:" it is typed once the terminal no longer shows what is typed.
     Returns the exit code (negative: the signal) and all that the terminal showed.
     """
     leader, follower = pty.openpty()
@@ -324,9 +484,19 @@ def in_terminal(command: Sequence[str], answers: Sequence[tuple[str, str]] = (),
     shown = b""
     seen = 0
     deadline = time.monotonic() + PATIENCE
+
+    def answer() -> None:
+        nonlocal seen
+        while waiting and (at := shown.find(waiting[0][0].encode(), seen)) >= 0:
+            if waiting[0][0].endswith("assword:") and termios.tcgetattr(leader)[3] & termios.ECHO:
+                return
+            seen = at + len(waiting[0][0].encode())
+            os.write(leader, waiting.pop(0)[1].encode())
+
     try:
         while time.monotonic() < deadline:
-            if not select.select([leader], [], [], 0.1)[0]:
+            answer()
+            if not select.select([leader], [], [], 0.01)[0]:
                 if process.poll() is not None:
                     break
                 continue
@@ -337,9 +507,6 @@ def in_terminal(command: Sequence[str], answers: Sequence[tuple[str, str]] = (),
             if not data:
                 break
             shown += data
-            while waiting and (at := shown.find(waiting[0][0].encode(), seen)) >= 0:
-                seen = at + len(waiting[0][0].encode())
-                os.write(leader, waiting.pop(0)[1].encode())
         process.wait(max(0.1, deadline - time.monotonic()))
     finally:
         if process.poll() is None:

@@ -252,7 +252,7 @@ class TestTLS(unittest.TestCase):
         """A TLS 1.2 client that asks to renegotiate is told no."""
         with Server(lab()) as server:
             certs = lab().certs
-            command = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{server.port}", "-CAfile", certs / "ca.crt",
+            command: list[str | Path] = ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{server.port}", "-CAfile", certs / "ca.crt",
                        "-cert", certs / "client.crt", "-key", certs / "client.key"]
             result = subprocess.run(command, input="R\n", capture_output=True, text=True, env=environment(), check=False,
                                     timeout=PATIENCE)

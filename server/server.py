@@ -26,7 +26,6 @@ import ssl
 import sys
 import threading
 import time
-import urllib.parse
 from collections.abc import Iterable
 from http import HTTPStatus
 from io import BufferedReader
@@ -47,7 +46,6 @@ SWEEP_SECONDS = 0.25        # between two looks at the deadlines
 
 
 # --- TLS -----------------------------------------------------------------------------------
-
 
 def tls_context(certs: Path) -> ssl.SSLContext:
     """The server's side of mutual TLS, with ca.crt, server.crt and server.key from ``certs``.
@@ -117,7 +115,6 @@ def common_name(certificate: Any) -> str | None:
 
 # --- Log -----------------------------------------------------------------------------------
 
-
 def log(*lines: str) -> None:
     """Write whole lines to stderr in one call, so that threads never mix them.
 
@@ -144,7 +141,6 @@ def fail(problem: str) -> NoReturn:
 
 
 # --- The TODO list -------------------------------------------------------------------------
-
 
 class TodoStore:
     """The items, in memory: gone when the server stops. Safe under threads."""
@@ -213,7 +209,6 @@ def not_json(constant: str) -> NoReturn:
 
 # --- Connections ---------------------------------------------------------------------------
 
-
 class Phase(enum.IntEnum):
     """What a connection is waiting for. When the house is full, the lower gives way first."""
 
@@ -281,8 +276,9 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
                 raise BlockingIOError("no room: the newcomer stays in the listen queue")
         try:
             plain, address = self.socket.accept()
-        except OSError:   # out of descriptors? Trying again at once would be a busy loop
-            self.make_room()
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):   # out of descriptors: to try again at
+                self.make_room()                              # once would be a busy loop
             raise
         connection = self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         assert isinstance(connection, Connection)
@@ -442,6 +438,7 @@ def connection_limit() -> int:
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([0-9])\.([0-9])\r?\n")   # RFC 9112 section 3
 HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)\r?\n")               # RFC 9112 section 5
+TARGET = re.compile(r"(https?://[^][/?#]+)?/todo(\?.*)?")   # RFC 9112 section 3.2: an absolute URL is fine, too
 
 
 class TodoHandler(http.server.BaseHTTPRequestHandler):
@@ -484,7 +481,8 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         """
         if self.raw_requestline in (b"\r\n", b"\n"):   # RFC 9112 section 2.2: ignore one empty line
             self.raw_requestline = self.rfile.readline(MAX_LINE + 1)
-        self.requestline = self.raw_requestline.decode("latin-1").rstrip("\r\n")
+        text = self.raw_requestline.decode("latin-1").rstrip("\r\n")
+        self.requestline = text.encode("unicode_escape").decode()   # it is for the log; see there
         match = REQUEST_LINE.fullmatch(self.raw_requestline)
         if not match:
             return self.refuse_line(self.raw_requestline, "request line: must be METHOD TARGET HTTP/1.1")
@@ -526,33 +524,30 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         if name is None or name not in self.server.allowed_cns:
             self.outcome = (f"FORBIDDEN | CN={name!r} | not in the allowed list",)
             return self.refuse(HTTPStatus.FORBIDDEN, f"client certificate: CN {name!r} is not in the allowed list")
-        try:
-            path = urllib.parse.urlsplit(self.path).path   # without the query; an absolute URL is fine, too
-        except ValueError:
-            path = ""
-        if path != "/todo":
+        if not TARGET.fullmatch(self.path):
             return self.refuse(HTTPStatus.NOT_FOUND, "path: only /todo is here")
         if self.command not in ("GET", "HEAD", "POST"):
             return self.refuse(HTTPStatus.METHOD_NOT_ALLOWED, "method: must be GET, HEAD or POST",
                                Allow="GET, HEAD, POST")
-        # RFC 9112 section 6.3: unless the headers leave no doubt where the body ends, close.
-        lengths = {one.strip() for line in self.headers.get_all("Content-Length", []) for one in line.split(",")}
-        length = lengths.pop() if lengths else ""
-        if lengths or (length and (not (length.isascii() and length.isdigit()) or "Transfer-Encoding" in self.headers)):
+        # Unless the headers leave no doubt where the body ends (RFC 9112 section 6.3), refuse and close.
+        lengths = {one.strip(" \t") for line in self.headers.get_all("Content-Length", []) for one in line.split(",")}
+        plain = all(one.isascii() and one.isdigit() for one in lengths)
+        if len(lengths) > 1 or not plain or (lengths and "Transfer-Encoding" in self.headers):
             return self.send_error(HTTPStatus.BAD_REQUEST,
                                    "Content-Length: must be one plain number, without Transfer-Encoding")
         if self.command == "POST":
-            return self.create_todo(name, length.lstrip("0") or length[:1])
+            return self.create_todo(name, lengths.pop() if lengths else None)
         self.outcome = (f"AUTHENTICATED | CN={name!r} | serving /todo",)
         return self.respond(HTTPStatus.OK, self.server.store.encoded(name))
 
     do_HEAD = do_POST = do_PUT = do_PATCH = do_DELETE = do_OPTIONS = do_TRACE = do_CONNECT = do_GET
 
-    def create_todo(self, name: str, length: str) -> None:
-        """POST /todo by the client ``name``, with a body of ``length`` bytes (digits; "" if not given)."""
-        if not length:
+    def create_todo(self, name: str, digits: str | None) -> None:
+        """POST /todo by the client ``name``, with a Content-Length of ``digits`` bytes (None: without)."""
+        if digits is None:
             return self.send_error(HTTPStatus.LENGTH_REQUIRED, "Content-Length: must be given")
-        if len(length) > len(str(MAX_BODY)) or int(length) > MAX_BODY:   # int() of a huge number is slow
+        length = int(digits) if len(digits) < 20 else MAX_BODY + 1   # Python refuses to convert huge numbers
+        if length > MAX_BODY:
             return self.refuse(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body: must have at most {MAX_BODY:,} bytes")
         # Any web page can make a browser that holds our PFX send a form, but not JSON.
         if self.headers.get("Content-Type", "").partition(";")[0].strip().lower() != "application/json":
@@ -561,8 +556,8 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
             self.send_response_only(HTTPStatus.CONTINUE)
             self.end_headers()
             self.wfile.flush()
-        body = self.rfile.read(int(length))
-        if len(body) < int(length):
+        body = self.rfile.read(length)
+        if len(body) < length:
             return self.refuse_incomplete()
         self.close_connection = not self.keep_alive
         try:
@@ -623,11 +618,10 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         else:
             self.send_error(HTTPStatus.BAD_REQUEST, "request: ended before it was complete")
 
-    def log_request(self, code: int | str = "-", size: int | str = "-") -> None:
+    def log_message(self, format: str, *args: object) -> None:
         """One REQUEST line, and what came of the request, in a single write."""
-        line = self.requestline.encode("unicode_escape").decode()
-        log(f"REQUEST | peer={self.client_address[0]} | cert-CN={self.connection.common_name!r} | "
-            f'"{line}" {int(code)} {size}', *self.outcome)
+        log(f"REQUEST | peer={self.client_address[0]} | cert-CN={self.connection.common_name!r} | {format % args}",
+            *self.outcome)
 
     def finish(self) -> None:
         """Close both files, also when the peer is gone and the last flush fails."""
@@ -637,7 +631,6 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
 
 
 # --- Start and end -------------------------------------------------------------------------
-
 
 def port_number(text: str) -> int:
     """A TCP port as argparse's type; 0 stands for any free one."""

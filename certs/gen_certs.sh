@@ -50,10 +50,10 @@ esac
 # behind, and two runs can never both hold it. macOS and Git Bash have no flock, but perl.
 { exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || fail "cannot write in $certs"
 if command -v flock >/dev/null; then flock -n 9
-else perl -e 'use Fcntl ":flock"; open(my $f, "+<&=", 9) && flock($f, LOCK_EX | LOCK_NB) or exit 1'
+else perl -e 'use Fcntl ":flock"; open(F, "+<&=", 9) && flock(F, LOCK_EX | LOCK_NB) or exit 1'
 fi || fail 'another run is at work on these certificates; try again when it has finished'
 
-# Whoever holds the lock may remove every .new.*: it is this run's, or a killed run's (kill -9).
+# Whoever holds the lock may remove every .new.*: this run's, and what a kill -9 has left.
 cleanup() {
   trap '' HUP INT TERM           # a second Ctrl+C must not stop this
   cd "$certs" 2>/dev/null || :   # Windows removes no folder that one stands in
@@ -63,7 +63,6 @@ trap cleanup EXIT
 trap 'exit 129' HUP
 trap 'exit 130' INT
 trap 'exit 143' TERM
-rm -rf "$certs"/.new.*
 work=$(mktemp -d "$certs/.new.XXXXXX") || fail "cannot write in $certs"
 
 step=
@@ -89,16 +88,10 @@ done
 
 # --- The pieces ----------------------------------------------------------------------------
 
-# issue_client NAME: key, CSR and certificate. The name is given only if it is not the one
-# in client.cnf; MSYS_NO_PATHCONV keeps Git Bash from taking /CN=... for a path.
+# issue_client NAME: key, CSR and certificate, CN as in client.cnf.
 issue_client() {
   run genrsa -out "certs/$1.key" 2048
-  if [ "$1" = client ]; then
-    run req -new -key certs/client.key -out certs/client.csr -config certs/client.cnf
-  else
-    MSYS_NO_PATHCONV=1 run req -new -key "certs/$1.key" -out "certs/$1.csr" \
-      -config certs/client.cnf -subj "/CN=$1"
-  fi
+  run req -new -key "certs/$1.key" -out "certs/$1.csr" -config certs/client.cnf
   run x509 -req -days 365 -in "certs/$1.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
     -out "certs/$1.crt" -extensions v3_client -extfile certs/client.cnf
 }
@@ -171,6 +164,8 @@ if [ -n "$name" ]; then
     fi
   done
   cp "$certs"/ca.* certs/
+  # Not with -subj: LibreSSL ignores it where the file says "prompt = no".
+  sed "s/^CN *=.*/CN = $name/" "$certs/client.cnf" >certs/client.cnf
 
   begin "[1/2] $name: key, CSR and certificate"
   issue_client "$name"

@@ -213,6 +213,7 @@ class Server:
         if descriptors is not None:
             command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
         self.lab = of
+        self._contexts: dict[str | None, ssl.SSLContext] = {}
         self.process = subprocess.Popen(command, cwd=scratch(), env=environment(env), stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
                                         errors="backslashreplace")
@@ -262,7 +263,10 @@ class Server:
     def connect(self, certificate: str | None = "client", context: ssl.SSLContext | None = None,
                 timeout: float = PATIENCE) -> ssl.SSLSocket:
         """A TLS connection to it, after the handshake. Reading an end without close_notify raises SSLEOFError."""
-        context = context or self.lab.context(certificate)
+        if not context:
+            if certificate not in self._contexts:   # making one costs as much as a handshake
+                self._contexts[certificate] = self.lab.context(certificate)
+            context = self._contexts[certificate]
         plain = self.connect_plain(timeout)
         try:
             return context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
@@ -508,9 +512,11 @@ def in_terminal(command: Sequence[str], answers: Sequence[tuple[str, str]] = (),
                 break
             shown += data
         process.wait(max(0.1, deadline - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        raise AssertionError(f"{command} still runs after:\n{shown.decode(errors='replace')}") from None
     finally:
         if process.poll() is None:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait()
         os.close(leader)
     if waiting:

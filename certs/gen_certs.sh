@@ -32,7 +32,7 @@ case "$#:${1:-}:${2:-}" in
   1:-h: | 1:--help: | 2:client:-h | 2:client:--help) usage; exit 0 ;;
   1:client: | 2:client:) echo 'gen_certs.sh: client needs a NAME, as in: bash certs/gen_certs.sh client alice' >&2; exit 2 ;;
   2:client:*) name=$2 ;;
-  *) usage >&2; printf 'gen_certs.sh: these arguments make no sense: %s\n' "$*" >&2; exit 2 ;;
+  *) usage >&2; printf 'gen_certs.sh: cannot use these arguments: %s\n' "$*" >&2; exit 2 ;;
 esac
 
 certs=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd -P)
@@ -50,6 +50,7 @@ esac
 # behind, and two runs can never both hold it. macOS and Git Bash have no flock, but perl.
 { exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || fail "cannot write in $certs"
 if command -v flock >/dev/null; then flock -n 9
+elif ! command -v perl >/dev/null; then fail 'neither flock nor perl is here; install one of them, for the lock'
 else perl -e 'use Fcntl ":flock"; open(F, "+<&=", 9) && flock(F, LOCK_EX | LOCK_NB) or exit 1'
 fi || fail 'another run is at work on these certificates; try again when it has finished'
 
@@ -68,11 +69,13 @@ work=$(mktemp -d "$certs/.new.XXXXXX") || fail "cannot write in $certs"
 step=
 begin() { step=$1; printf '%s\n' "$step"; }
 
-# Every openssl goes through here. Its chatter is shown only when it fails, and then all of
-# it. It must not inherit the lock (9): a child that outlives us would hold on to it.
+# Every openssl that makes something goes through here. Its chatter is shown only when it fails, and then all of
+# it; in memory, because the disk may be full. It must not inherit the lock (9): a child that
+# outlives us would hold on to it.
+log=
 run() {
-  if ! openssl "$@" >"$work/log" 2>&1 9>&-; then
-    cat "$work/log" >&2 || :
+  if ! log=$(exec 9>&-; exec openssl "$@" 2>&1); then
+    printf '%s\n' "$log" >&2
     fail "failed at $step; the certificates that were there are unchanged"
   fi
 }
@@ -101,7 +104,8 @@ issue_client() {
 # from the password, which travels in the environment: arguments are visible to every user.
 made_up_password=
 export_pfx() {
-  set -- -export -out "certs/$1.pfx" -inkey "certs/$1.key" -in "certs/$1.crt" -certfile certs/ca.crt \
+  local pfx=$1.pfx
+  set -- -export -out "certs/$pfx" -inkey "certs/$1.key" -in "certs/$1.crt" -certfile certs/ca.crt \
     -name "mTLS Lab: $1" -keypbe PBE-SHA1-3DES -certpbe PBE-SHA1-3DES -macalg sha1
   if [ -z "${MTLS_PFX_PASSWORD:-}" ] && [ -t 0 ]; then
     openssl pkcs12 "$@" 9>&- || fail "failed at $step; the certificates that were there are unchanged"
@@ -114,12 +118,13 @@ export_pfx() {
     export MTLS_PFX_PASSWORD
     run pkcs12 "$@" -passout env:MTLS_PFX_PASSWORD
   fi
+  run asn1parse -inform DER -in "certs/$pfx"   # a full disk can cut it short without a word from pkcs12
 }
 
 # verify_chain NAME PURPOSE: prints "certs/NAME.crt: OK".
 verify_chain() {
   run verify -x509_strict -purpose "$2" -CAfile certs/ca.crt "certs/$1.crt"
-  cat "$work/log"
+  printf '%s\n' "$log"
 }
 
 # of_former_ca FILE: true for a certificate of this lab that its CA no longer vouches for.
@@ -133,6 +138,10 @@ of_former_ca() {
 # install FILE...: the only moment at which the real certificates change. From here on a
 # signal waits: half a move would leave keys beside the certificates of others.
 install() {
+  for file; do
+    [ ! -d "$certs/${file##*/}" ] ||
+      fail "certs/${file##*/} is a folder (Docker makes one for a mount that is not there); remove it: rmdir certs/${file##*/}"
+  done
   chmod 644 certs/*.crt certs/*.csr
   trap '' HUP INT TERM
   mv -f "$@" "$certs/"
@@ -150,9 +159,9 @@ show_password() {
 
 if [ -n "$name" ]; then
   case $name in
-    [.-]* | *[!A-Za-z0-9._-]*) fail "'$name' is no usable NAME: letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'" ;;
-    ca | server) fail "'$name' would overwrite the lab's own files; choose another NAME" ;;
-    client) fail "'client' is made with the whole set: bash certs/gen_certs.sh" ;;
+    [.-]* | *[!A-Za-z0-9._-]*) fail "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'" ;;
+    [Cc][Aa] | [Ss][Ee][Rr][Vv][Ee][Rr]) fail "'$name' would overwrite the lab's own files; choose another NAME" ;;
+    [Cc][Ll][Ii][Ee][Nn][Tt]) fail "'client' is made with the whole set: bash certs/gen_certs.sh" ;;
   esac
   [ "${#name}" -le 64 ] || fail 'a NAME has at most 64 characters (the limit of a common name)'
   if [ ! -f "$certs/ca.crt" ] || [ ! -f "$certs/ca.key" ]; then
@@ -166,6 +175,7 @@ if [ -n "$name" ]; then
   cp "$certs"/ca.* certs/
   # Not with -subj: LibreSSL ignores it where the file says "prompt = no".
   sed "s/^CN *=.*/CN = $name/" "$certs/client.cnf" >certs/client.cnf
+  grep -q "^CN = $name\$" certs/client.cnf || fail "certs/client.cnf has no line 'CN = ...' that could take the NAME"
 
   begin "[1/2] $name: key, CSR and certificate"
   issue_client "$name"

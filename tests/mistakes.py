@@ -94,17 +94,20 @@ class Bench:
 
     def make_ca(self, name: str, common_name: str = "mTLS Lab Root CA", **changes: str | None) -> None:
         """Make a CA as certs/ca.cnf has it, but for the changes to its [ v3_ca ]."""
-        (self.folder / f"{name}.cnf").write_text(altered("ca.cnf", "v3_ca", changes), encoding="utf-8")
+        config = altered("ca.cnf", "v3_ca", changes).replace("CN = mTLS Lab Root CA", f"CN = {common_name}")
+        (self.folder / f"{name}.cnf").write_text(config, encoding="utf-8")
         self.make_key(name)
         self.openssl("req", "-new", "-x509", "-days", "3650", "-key", f"{name}.key", "-out", f"{name}.crt",
-                     "-config", f"{name}.cnf", "-subj", f"/CN={common_name}")
+                     "-config", f"{name}.cnf")
 
     def make_request(self, name: str, like: str, common_name: str | None = None, **changes: str | None) -> None:
         """Make a key and NAME.csr as certs/LIKE.cnf has it, and NAME.cnf with the changes to its [ v3_LIKE ]."""
-        (self.folder / f"{name}.cnf").write_text(altered(f"{like}.cnf", f"v3_{like}", changes), encoding="utf-8")
+        config = altered(f"{like}.cnf", f"v3_{like}", changes)
+        if common_name:   # not with -subj: LibreSSL ignores it where the file says "prompt = no"
+            config = config.replace("CN = mtls-client", f"CN = {common_name}")
+        (self.folder / f"{name}.cnf").write_text(config, encoding="utf-8")
         self.make_key(name)
-        subject = ["-subj", f"/CN={common_name}"] if common_name else []
-        self.openssl("req", "-new", "-key", f"{name}.key", "-out", f"{name}.csr", "-config", f"{name}.cnf", *subject)
+        self.openssl("req", "-new", "-key", f"{name}.key", "-out", f"{name}.csr", "-config", f"{name}.cnf")
 
     def issue(self, name: str, like: str, ca: str = "ca", common_name: str | None = None,
               **changes: str | None) -> None:

@@ -21,9 +21,13 @@ import termios
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeVar
+
+A = TypeVar("A")
+B = TypeVar("B")
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 30.0
@@ -55,6 +59,12 @@ def new_folder(prefix: str) -> Path:
     return Path(tempfile.mkdtemp(prefix=prefix + " ", dir=scratch()))
 
 
+def side_by_side(function: Callable[[A], B], cases: Iterable[A]) -> list[B]:
+    """The function's results for all cases, a few at a time: what starts processes gains from every core."""
+    with ThreadPoolExecutor(4) as pool:
+        return list(pool.map(function, cases))
+
+
 # --- openssl -------------------------------------------------------------------------------
 
 
@@ -70,13 +80,14 @@ def openssl(*arguments: str | Path, cwd: Path | None = None) -> str:
 
 # Generating a 4096-bit key costs seconds. This openssl keeps each key that it makes, by set,
 # size and file name, and hands out the same one next time; all else goes to the real openssl.
-# It creates files as LibreSSL does, with the mode that the umask leaves. The CA's key of any set
-# but the first has 2048 bits, because it is there quickly.
+# It creates files as LibreSSL does, with the mode that the umask leaves. To save time, the CA's key
+# of any set but the first has 2048 bits, and additional clients of a set share one key.
 _PREPARED_OPENSSL = """#!/bin/sh
 if [ "$1" = genrsa ]; then
   set=${{PREPARED_SET:-first}}
   bits=$4; [ "$set" = first ] || bits=2048
-  kept="{keys}/$set-$bits-${{3##*/}}"
+  case $3 in */ca.key | */server.key | */client.key) name=${{3##*/}} ;; *) name=other.key ;; esac
+  kept="{keys}/$set-$bits-$name"
   [ -e "$kept" ] || {{ "{openssl}" genrsa -out "$kept.$$" "$bits" 2>/dev/null && mv "$kept.$$" "$kept"; }} || exit 1
   cat "$kept" >"$3"
 else
@@ -404,9 +415,10 @@ class Wire:
 class ServerCase(unittest.TestCase):
     """What tests of the server share."""
 
-    def assert_ends_well(self, talk: Talk) -> None:
-        """The server says no more and closes in order."""
+    def assert_ends_well(self, talk: Talk, within: float = 5.0) -> None:
+        """The server says no more and closes in order, within so many seconds."""
         rest = b""
+        talk.connection.settimeout(within)
         try:
             while piece := talk.file.read1(65536):
                 rest += piece

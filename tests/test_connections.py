@@ -234,7 +234,7 @@ class Waits(ConnectionCase):
             if first:
                 talk.send(first)
                 self.assertEqual(talk.answer().status, 200)
-            self.assert_ends_well(talk)
+            self.assert_ends_well(talk, PATIENCE)
 
     def ask_now_and_then(self, server: Server) -> None:
         with Talk(server.connect()) as talk:

@@ -35,7 +35,8 @@ SOURCES = ["ca.cnf", "client.cnf", "gen_certs.sh", "server.cnf"]
 MADE = ["ca.crt", "ca.key", "ca.srl", "client.crt", "client.csr", "client.key", "client.pfx",
         "server.crt", "server.csr", "server.key"]
 
-# The description's commands, each with the step that is announced before it. PFX: the beginning.
+# The description's commands, and a check of the PFX, each with the step that is announced before it.
+# Of pkcs12 only the beginning: the rest chooses ciphers.
 COMMANDS = [
     ("", "version"),
     ("[1/6]", "genrsa -out certs/ca.key 4096"),
@@ -50,6 +51,7 @@ COMMANDS = [
               " -out certs/client.crt -extensions v3_client -extfile certs/client.cnf"),
     ("[6/6]", "pkcs12 -export -out certs/client.pfx -inkey certs/client.key -in certs/client.crt"
               " -certfile certs/ca.crt"),
+    ("[6/6]", "asn1parse -inform DER -in certs/client.pfx"),
     ("[6/6]", "verify -x509_strict -purpose sslserver -CAfile certs/ca.crt certs/server.crt"),
     ("certs/server.crt: OK", "verify -x509_strict -purpose sslclient -CAfile certs/ca.crt certs/client.crt"),
 ]
@@ -648,12 +650,12 @@ class OneMoreClient(GenCertsCase):
         """Any other NAME is refused in one line, with nothing touched."""
         ready = with_set()
         before = contents(ready)
-        unusable = "is no usable NAME"
+        unusable = "NAME: letters, digits, '.', '_' and '-', beginning with"
         for name, reason in {"-x": unusable, ".hidden": unusable, "..": unusable, "../zoe": unusable, "a/b": unusable,
                              "a b": unusable, "a\nb": unusable, "niño": unusable, "ñ": unusable, "*": unusable,
                              "$(id)": unusable, "a,CN=b": unusable, "a/CN=b": unusable, "a=b": unusable,
-                             "x" * 65: "at most 64", "ca": "the lab's own files",
-                             "server": "the lab's own files", "client": "made with the whole set: bash certs/gen_certs.sh"}.items():
+                             "x" * 65: "at most 64", "ca": "the lab's own files", "server": "the lab's own files",
+                             "client": "made with the whole set: bash certs/gen_certs.sh"}.items():
             for locale in ("C", "C.UTF-8") if not name.isascii() else ("C",):
                 with self.subTest(f"a client called {name!r} (LC_ALL={locale})"):
                     run = Run(ready, "client", name, env={"LC_ALL": locale}).wait()
@@ -666,7 +668,6 @@ class OneMoreClient(GenCertsCase):
     def test_existing_files(self) -> None:
         """A NAME of which any file exists is refused, with the way out, which works."""
         ready = with_set()
-        (ready.certs / "zoe.two.key").write_text("another client's")
         for kind in ("crt", "csr", "key", "pfx"):
             with self.subTest(f"zoe.{kind} exists"):
                 (ready.certs / f"zoe.{kind}").write_text("precious")
@@ -681,6 +682,8 @@ class OneMoreClient(GenCertsCase):
             run = Run(ready, "client", "mallory").wait()
             self.assertEqual(run.code, 1)
             self.assert_untouched(ready, before)
+            (ready.certs / "mallory.two.key").write_text("another client's")
+            before = contents(ready)
             remove = run.stderr.strip().rpartition(": ")[2]
             self.assertTrue(remove.startswith("rm certs/mallory."), remove)
             subprocess.run(["bash", "-c", remove], cwd=ready.root, check=True)
@@ -763,7 +766,8 @@ class NothingLost(GenCertsCase):
         Run(self.ready).wait()
         before = contents(self.ready)
         # Before these: the version, and for each of the four files two calls, for whose mallory's certificate is.
-        for at, command in enumerate(("genrsa", "req", "x509", "pkcs12", "verify"), 1 + 4 * 2 + 1):
+        for at, command in enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"),
+                                     1 + 4 * 2 + 1):
             with self.subTest(f"call {at} fails: openssl {command}"):
                 run = Run(self.ready, "client", "mallory", at=at, action=FAILS).wait()
                 self.assertEqual(run.calls[at - 1][1].split()[0], command)
@@ -789,7 +793,7 @@ class NothingLost(GenCertsCase):
     def test_interrupts_for_another_client(self) -> None:
         """The same with one more client."""
         for at, what, action, code in ((2, "Ctrl+C", CTRL_C, 130), (4, "a hangup", "kill -s HUP 0", 129),
-                                       (5, "kill", "kill -s TERM 0", 143), (6, "Ctrl+C", CTRL_C, 130)):
+                                       (5, "kill", "kill -s TERM 0", 143), (7, "Ctrl+C", CTRL_C, 130)):
             with self.subTest(f"{what} during call {at}"):
                 run = Run(self.ready, "client", "zoe", at=at, action=action, fast=True).wait()
                 self.assertEqual(run.code, code)
@@ -853,14 +857,29 @@ class NothingLost(GenCertsCase):
 
     def test_full_disk(self) -> None:
         """When files cannot grow any further it ends, whether at the first or at the last of them."""
-        reached = set()
-        for limit in (500, 1500, 2500, 3000):
-            with self.subTest(f"no file may grow beyond {limit} bytes"):
-                run = Run(self.ready, fast=True, limit=limit).wait()
+        for name in ("ca.cnf", "client.cnf", "server.cnf"):   # which nobody reads here
+            (self.ready.certs / name).write_text("#" * 1000, encoding="ascii")
+        self.before = contents(self.ready)
+        for steps, limit in ((0, 700), (1, (ready_set() / "ca.key").stat().st_size - 1),
+                             (6, (ready_set() / "client.pfx").stat().st_size - 1)):
+            with self.subTest(f"no file may grow beyond {limit} bytes, which is too few for step {steps}"):
+                run = Run(self.ready, fast=True, limit=limit, env={"LC_ALL": "C"}).wait()
                 self.assertNotEqual(run.code, 0)
+                self.assertIn("too large", run.stderr, "what openssl said")
                 self.assert_untouched(self.ready, self.before)
-                reached.add(run.stdout.count("/6]"))
-        self.assertTrue({0, 1, 6} <= reached, f"the limits should strike at several steps, but did at {reached}")
+                self.assertEqual(run.stdout.count("/6]"), steps)
+
+    def test_half_a_pfx(self) -> None:
+        """A PFX that has been cut short, about which openssl's pkcs12 says nothing, is noticed."""
+        whole = ready_set() / "client.pfx"
+        for size in (0, 100, whole.stat().st_size - 1):
+            with self.subTest(f"the first {size} bytes of a PFX"):
+                cut = f"head -c {size} {shlex.quote(str(whole))} >certs/client.pfx; exit 0"
+                run = Run(self.ready, at=10, action=cut).wait()
+                self.assertTrue(run.calls[9][1].startswith("pkcs12 "))
+                self.assertEqual(run.code, 1)
+                self.assertIn("failed at [6/6] PFX; ", run.stderr)
+                self.assert_untouched(self.ready, self.before)
 
     def test_nobody_listens(self) -> None:
         """When its output goes nowhere (as in gen_certs.sh | head -1) it ends."""

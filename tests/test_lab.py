@@ -29,6 +29,7 @@ from tests.support import (
     openssl,
     request,
     scratch,
+    side_by_side,
 )
 
 CLIENT_OUTPUT = """\
@@ -276,7 +277,10 @@ class TestServerStart(unittest.TestCase):
 
     def refused(self, of: Lab, *arguments: str, env: dict[str, str | None] | None = None) -> str:
         """Start a server that must exit with 1 and one ERROR line; returns the line."""
-        result = of.run("server/server.py", "--port", "0", *arguments, env=env)
+        return self.refusal(of.run("server/server.py", "--port", "0", *arguments, env=env))
+
+    def refusal(self, result: subprocess.CompletedProcess[str]) -> str:
+        """The one ERROR line of a server that exited with 1."""
         self.assertEqual(result.returncode, 1, result.stderr)
         self.assertEqual(result.stdout, "")
         self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z")
@@ -309,13 +313,14 @@ class TestServerStart(unittest.TestCase):
             ("server.key", foreign, "key values mismatch"),
             ("server.key", encrypted, "server.key do not fit or cannot be used"),
         ]
-        spoilt = Lab("spoilt")
-        for name, spoil, words in cases:
+        spoilt = [Lab("spoilt") for _ in cases]
+        for of, (name, spoil, _) in zip(spoilt, cases, strict=True):
+            shutil.copytree(lab().certs, of.certs, dirs_exist_ok=True)
+            spoil(of.certs / name)
+        results = side_by_side(lambda of: of.run("server/server.py", "--port", "0"), spoilt)
+        for result, (name, spoil, words) in zip(results, cases, strict=True):
             with self.subTest(file=name, spoilt=spoil.__name__):
-                shutil.rmtree(spoilt.certs)
-                shutil.copytree(lab().certs, spoilt.certs)
-                spoil(spoilt.certs / name)
-                self.assertRegex(self.refused(spoilt), f"{re.escape(name.split('.')[0])}.*{words}")
+                self.assertRegex(self.refusal(result), f"{re.escape(name.split('.')[0])}.*{words}")
         if os.getuid():   # root may read everything
             (lab().certs / "server.key").chmod(0)
             self.addCleanup((lab().certs / "server.key").chmod, 0o600)
@@ -328,9 +333,11 @@ class TestServerStart(unittest.TestCase):
             with server.connect() as connection:
                 connection.sendall(request("GET", "/todo"))
                 self.assertEqual(Answer(connection).status, 200)
-        for host in ("no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "::1"):
+        hosts = ("no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "::1")
+        results = side_by_side(lambda host: lab().run("server/server.py", "--port", "0", "--host", host), hosts)
+        for host, result in zip(hosts, results, strict=True):
             with self.subTest(host=host):
-                self.assertIn("--host", self.refused(lab(), "--host", host))
+                self.assertIn("--host", self.refusal(result))
         self.assertIn("--host", self.refused(lab(), env={"MTLS_SERVER_HOST": "192.0.2.1"}))
 
     def test_senseless_settings(self) -> None:
@@ -340,9 +347,9 @@ class TestServerStart(unittest.TestCase):
             (["--host", ""], {}), (["--allow-cn"], {}), (["--allow-cn", ""], {}), (["--nonsense"], {}), (["extra"], {}),
             ([], {"MTLS_SERVER_PORT": "banana"}), ([], {"MTLS_SERVER_PORT": "99999"}), ([], {"MTLS_ALLOWED_CNS": ","}),
         ]
-        for arguments, env in cases:
+        results = side_by_side(lambda case: lab().run("server/server.py", *case[0], env=case[1]), cases)
+        for (arguments, env), result in zip(cases, results, strict=True):
             with self.subTest(arguments=arguments, env=env):
-                result = lab().run("server/server.py", *arguments, env=env)
                 self.assertEqual((result.returncode, result.stdout), (2, ""))
                 self.assertIn("server.py: error: ", result.stderr)
         for script in ("server/server.py", "client/client.py", "client/client_no_cert.py"):
@@ -442,14 +449,20 @@ class TestClients(unittest.TestCase):
 
     def failed(self, *arguments: str, env: dict[str, str | None] | None = None, of: Lab | None = None) -> str:
         """Run client.py, which must exit with 1 and one ERROR line; returns the line."""
-        result = (of or lab()).run("client/client.py", *arguments, env=env)
+        return self.failure((of or lab()).run("client/client.py", *arguments, env=env))
+
+    def failure(self, result: subprocess.CompletedProcess[str]) -> str:
+        """The one ERROR line of a client that exited with 1."""
         self.assertEqual(result.returncode, 1, result.stderr)
         self.assertRegex(result.stderr, r"\A\[CLIENT\] ERROR: [^\n]+\n\Z")
         return result.stderr
 
     def no_pass(self, code: int, *arguments: str) -> str:
         """Run client_no_cert.py, which must exit with the code and not say PASS; returns what it says."""
-        result = lab().run("client/client_no_cert.py", *arguments)
+        return self.no_pass_in(code, lab().run("client/client_no_cert.py", *arguments))
+
+    def no_pass_in(self, code: int, result: subprocess.CompletedProcess[str]) -> str:
+        """What a client_no_cert.py that exited with the code said."""
         self.assertEqual(result.returncode, code, result.stdout + result.stderr)
         self.assertNotIn("PASS", result.stdout)
         word = {1: "FAIL", 2: "ERROR"}[code]
@@ -469,22 +482,27 @@ class TestClients(unittest.TestCase):
         """Missing and misfitting certificate files, and the command that makes them."""
         empty = Lab("no certificates")
         self.assertIn("bash certs/gen_certs.sh", self.failed(of=empty))
-        for option in ("--cert", "--key", "--cacert"):
-            for file in ("/no/such/file", "/dev/null", str(scratch()), str(lab().certs / "mallory.key")):
-                with self.subTest(option=option, file=file):
-                    self.assertIn("bash certs/gen_certs.sh", self.failed(option, file))
+        cases = [(option, file) for option in ("--cert", "--key", "--cacert")
+                 for file in ("/no/such/file", "/dev/null", str(scratch()), str(lab().certs / "mallory.key"))]
+        results = side_by_side(lambda case: lab().run("client/client.py", *case), cases)
+        for case, result in zip(cases, results, strict=True):
+            with self.subTest(case):
+                self.assertIn("bash certs/gen_certs.sh", self.failure(result))
         for file in ("/no/such/file", "/dev/null", str(scratch())):
             self.assertIn("bash certs/gen_certs.sh", self.no_pass(2, "--cacert", file))
 
     def test_senseless_arguments(self) -> None:
         """URLs that are none, a TASK that is no text: exit 2."""
-        for script in ("client/client.py", "client/client_no_cert.py"):
-            for url in ("http://127.0.0.1/", "file:///etc/passwd", "https://", "https://127.0.0.1:99999/", "x",
-                        "https://127.0.0.1:port/", "https://[::1/", "https://127.0.0.1/ñ"):
-                with self.subTest(script=script, url=url):
-                    result = lab().run(script, "--url", url)
-                    self.assertEqual(result.returncode, 2)
-                    self.assertIn("error: argument --url", result.stderr)
+        scripts = ("client/client.py", "client/client_no_cert.py")
+        cases = [(script, url) for script in scripts for url in (
+            "http://127.0.0.1/", "file:///etc/passwd", "https://", "https://127.0.0.1:99999/", "x",
+            "https://127.0.0.1:port/", "https://[::1/", "https://127.0.0.1/ñ")]
+        results = side_by_side(lambda case: lab().run(case[0], "--url", case[1]), cases)
+        for case, result in zip(cases, results, strict=True):
+            with self.subTest(case):
+                self.assertEqual(result.returncode, 2)
+                self.assertIn("error: argument --url", result.stderr)
+        for script in scripts:
             self.assertEqual(lab().run(script, env={"MTLS_SERVER_PORT": "banana"}).returncode, 2)
         self.assertEqual(lab().run("client/client.py", "\udcff").returncode, 2)
         self.assertEqual(lab().run("client/client_no_cert.py", "--tls-max", "1.1").returncode, 2)
@@ -573,20 +591,39 @@ class TestClients(unittest.TestCase):
 
     def test_timeouts(self) -> None:
         """A server that says nothing: both give up after 10 s and say so."""
-        released = threading.Event()
-        self.addCleanup(released.set)
+        client, negative = SILENCE.results()
+        self.assertIn("within 10 s", self.failure(client))
+        self.assertIn("within 10 s", self.no_pass_in(2, negative))
 
-        def silent(connection: socket.socket) -> None:
-            released.wait(PATIENCE)
 
-        # Accepted by the kernel, answered by nobody: the second connection waits in the queue.
-        with ThreadPoolExecutor() as pool, other_server(silent) as url:
-            client, negative = pool.submit(self.failed, "--url", url), pool.submit(self.no_pass, 2, "--url", url)
-            try:
-                self.assertIn("within 10 s", client.result())
-                self.assertIn("within 10 s", negative.result())
-            finally:
-                released.set()
+class Silence:
+    """Both clients, left alone with a server that says nothing, while the other tests run."""
+
+    def __init__(self) -> None:
+        self._closing = contextlib.ExitStack()
+        self._silent = self._closing.enter_context(socket.create_server(("127.0.0.1", 0)))   # nobody accepts
+        url = f"https://127.0.0.1:{self._silent.getsockname()[1]}/todo"
+        pool = self._closing.enter_context(ThreadPoolExecutor())
+        self._futures = [pool.submit(lab().run, f"client/{name}.py", "--url", url) for name in ("client", "client_no_cert")]
+
+    def results(self) -> list[subprocess.CompletedProcess[str]]:
+        """How they ended; waits until they have."""
+        return [future.result() for future in self._futures]
+
+    def close(self) -> None:
+        """Let go of the port."""
+        self._closing.close()
+
+
+SILENCE: Silence
+
+
+def setUpModule() -> None:   # noqa: N802
+    """Start what takes 10 s."""
+    global SILENCE
+    lab()
+    SILENCE = Silence()
+    unittest.addModuleCleanup(SILENCE.close)
 
 
 def ca_config(folder: Path) -> Path:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import doctest
 import functools
+import importlib.util
 import json
 import os
 import pty
@@ -28,9 +29,10 @@ import time
 import unittest
 from collections import Counter
 from dataclasses import dataclass, field
+from http import HTTPStatus
 from pathlib import Path
 
-from tests import test_mistakes
+from tests import mistakes, test_mistakes
 from tests.support import PATIENCE, ROOT, Lab, environment, new_folder, prepared_path
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -93,7 +95,7 @@ class Terminal:
     def __init__(self, script: str, cwd: Path, env: dict[str, str]) -> None:
         leader, follower = pty.openpty()
         # setsid and opening the terminal make it the controlling one: openssl asks on /dev/tty.
-        start = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execvp('bash', ['bash', '-c', sys.argv[1]])"
+        start = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execvp('bash', ['bash', '-ec', sys.argv[1]])"
         self.process = subprocess.Popen([sys.executable, "-c", start, script], cwd=cwd, env=env, stdin=follower,
                                         stdout=follower, stderr=follower, start_new_session=True)
         os.close(follower)
@@ -212,6 +214,15 @@ class Scene:
             self.server, self.seen = terminal, len(shown)
         return shown
 
+    def wait_for_server(self, text: str) -> None:
+        """Wait until the server's terminal shows the last line of the text as often as it is in there."""
+        last = text.splitlines()[-1]
+        deadline = time.monotonic() + PATIENCE
+        while self.server and self.server.text()[self.seen:].count(last) < text.count(last):
+            if time.monotonic() > deadline:
+                return   # the comparison that follows says it better
+            time.sleep(0.02)
+
     def server_shows(self) -> str:
         """What the server's terminal shows since the last look."""
         assert self.server
@@ -258,8 +269,7 @@ class TestReadme(unittest.TestCase):
         for block, following in zip(blocks, [*blocks[1:], None], strict=True):
             if block.language == "text server":
                 assert scene.server
-                with contextlib.suppress(AssertionError):   # the comparison below says it better
-                    scene.server.wait(block.content.rstrip("\n").splitlines()[-1])
+                scene.wait_for_server(block.content)
                 self.assert_shown(block, scene.server_shows(), scene.port)
             if block.language != "bash":
                 continue
@@ -300,10 +310,9 @@ class TestReadme(unittest.TestCase):
         for section in sections():
             for block in section.blocks:
                 if block.language == "ini":
-                    lines = [line.partition("#")[0].strip() for line in block.content.splitlines() if line]
                     config = (ROOT / "certs" / "server.cnf").read_text()
-                    for line in lines:
-                        self.assertIn(line, config)
+                    parts = re.findall(r"^\[ (?:req_ext|alt_names) \]\n(?:.+\n)+", config, re.MULTILINE)
+                    self.assertEqual(block.content, "\n".join(parts))
                 elif block.language == "json":
                     self.assertEqual(json.loads(block.content), {"task": "Añadir endpoint POST", "done": False})
                 else:
@@ -327,25 +336,104 @@ class TestReadme(unittest.TestCase):
         root = copy_of_project(with_certificates=True)
         real = {path.name + "/" * path.is_dir() for path in root.iterdir() if not path.name.startswith(".")}
         for name in ("certs", "client", "server"):
-            real |= {f"{name}/{path.name}" for path in (root / name).iterdir()}
+            real |= {f"{name}/{path.name}" for path in (root / name).iterdir() if not path.name.startswith(".")}
         self.assertEqual(shown, real)
 
     def test_settings_tables(self) -> None:
         """The settings in the tables are those of --help, each with its variable and default."""
-        for script, title in (("server/server.py", "The server's settings"), ("client/client.py", "The client's settings")):
+        for script, title in (("server/server.py", "The server's settings"),
+                              ("client/client.py", "The client's settings")):
             with self.subTest(script=script):
                 text = README.partition(f"### {title}\n")[2].partition("\n#")[0]
-                table = {row.split("|")[1].strip(" `"): row for row in text.splitlines() if row.startswith("| `")}
+                table = [[cell.strip(" `") for cell in row.split("|")[1:4]] for row in text.splitlines()
+                         if row.startswith("| ")][1:]
                 help_text = Lab("help").run(script, "--help", env={"COLUMNS": "500"}).stdout
-                flags = set(re.findall(r"^  (?:-\w, )?(--[a-z-]+|TASK)", help_text, re.MULTILINE)) - {"--help"}
-                self.assertEqual({name.split()[0] for name in table}, flags)
-                for variable in re.findall(r"MTLS_\w+|SSLKEYLOGFILE", text):
-                    source = (ROOT / script).read_text(encoding="utf-8")
-                    self.assertIn(variable, source)
-                squeezed = " ".join(help_text.split())
-                for row in table.values():
-                    default = row.split("|")[3].strip(" `")
-                    self.assertIn(f"default {default}", squeezed)
+                entries = {entry.split()[0]: " ".join(entry.split())
+                           for entry in re.split(r"\n  (?=--|TASK)", help_text)[1:]}
+                self.assertEqual([name.split()[0] for name, _, _ in table if name], list(entries))
+                for name, variable, default in table:
+                    if name:
+                        self.assertIn(variable, entries[name.split()[0]])
+                        self.assertIn(f"default {default}", entries[name.split()[0]])
+                    else:
+                        self.assertIn(variable, (ROOT / script).read_text(encoding="utf-8"))
+
+    def test_numbers(self) -> None:
+        """Limits, deadlines and counts in the text are those of the code."""
+        module = importlib.util.spec_from_file_location("server", ROOT / "server" / "server.py")
+        assert module and module.loader
+        server = importlib.util.module_from_spec(module)
+        sys.modules["server"] = server   # dataclasses and enum look it up there
+        self.addCleanup(sys.modules.pop, "server")
+        module.loader.exec_module(server)
+        seconds = {phase.name: f"{limit:.0f} s" for phase, limit in server.DEADLINES.items()}
+        items = len(json.loads(server.TodoStore().encoded("x"))["todos"])
+        for claim in (
+                f"{seconds['HANDSHAKE']} for a handshake, {seconds['REQUEST']} for a request, "
+                f"{seconds['RESPONSE']} to take the response, {seconds['IDLE']} without a request",
+                f"| 408 | The request was not complete within {seconds['REQUEST']} |",
+                f"**At most {server.MAX_CONNECTIONS} connections.**",
+                f"a non-empty string of at most {server.MAX_TASK:,} characters",
+                f"the body has more than {server.MAX_BODY // 1024} KiB",
+                f"The list is full: {server.MAX_ITEMS:,} items",
+                f"let running requests finish, for {server.STOP_SECONDS:.0f} s at most",
+                f"The list begins with {['no', 'one', 'two', 'three', 'four', 'five'][items]} items",
+                f"[{len(mistakes.EXPERIMENTS)} experiments](#common-mistakes)"):
+            self.assertIn(claim, README)
+        source = (ROOT / "server" / "server.py").read_text(encoding="utf-8")
+        used = {HTTPStatus[name] for name in re.findall(r"HTTPStatus\.([A-Z_]+)", source)} | {414, 501}   # http.server's
+        listed = {int(status) for row in re.findall(r"^\| ([\d, ]+) \| ", README, re.MULTILINE)
+                  for status in row.split(",")}
+        self.assertEqual(listed, used - {HTTPStatus.OK, HTTPStatus.CREATED, HTTPStatus.CONTINUE})
+
+    def test_docker_commands(self) -> None:
+        """The docker commands name the image, the user and the files that the Dockerfile has."""
+        dockerfile = (ROOT / "Dockerfile").read_text()
+        commands = [block.content for section in sections() for block in section.blocks
+                    if block.reason == "it needs Docker"]
+        base = re.findall(r"^FROM (.+)", dockerfile, re.MULTILINE)
+        self.assertEqual(re.findall(r"(python:\S+)", "".join(commands)), base)
+        user = re.findall(r"^USER (\d+)", dockerfile, re.MULTILINE)
+        self.assertEqual(re.findall(r"\(user (\d+)\)", README), user)
+        files = re.findall(r"^COPY .*?(certs/\S+) certs/", dockerfile, re.MULTILINE)
+        mounted = [re.findall(r'-v "\$PWD/(certs/\S+):/mtls-lab/(\S+):ro"', command) for command in commands]
+        self.assertEqual([mounts for mounts in mounted if mounts], [[(file, file) for file in files]] * 2)
+        for line in ("docker build -f Dockerfile -t <dockerhub-user>/mtls-server:latest .",
+                     "docker run -d --rm --name mtls-server -p 8443:8443 <dockerhub-user>/mtls-server:latest",
+                     "docker push <dockerhub-user>/mtls-server:latest"):
+            self.assertIn(line + "\n", "".join(commands))
+
+    def test_drawings(self) -> None:
+        """The drawn handshakes have the messages that openssl sees, in their order and direction."""
+        def name(message: str) -> str:
+            return re.sub(r"[^A-Za-z]", "", message)
+
+        for version, option in (("TLS 1.2", "-tls1_2"), ("TLS 1.3", "-tls1_3")):
+            with self.subTest(version):
+                drawing = next(block.content for section in sections() for block in section.blocks
+                               if section.title == f"The handshake in {version}")
+                drawn = [(">>>" if ">|" in line else "<<<", name(re.findall(r" ([A-Z][A-Za-z]+) ", line)[0]))
+                         for line in drawing.splitlines()
+                         if re.search(r"\| *(<?[-=]+ [A-Z])", line)]
+                scene = Scene(Section("", "Testing Scenarios", [Block("bash", "true", 0)]))
+                try:
+                    shown = scene.run("openssl s_client -msg -connect 127.0.0.1:8443 -CAfile certs/ca.crt -cert "
+                                      f"certs/client.crt -key certs/client.key {option} </dev/null 2>&1")
+                finally:
+                    scene.close()
+                seen = [(way, name(message)) for way, message
+                        in re.findall(r"^(>>>|<<<) .*Handshake \[length .*\], (\w+)", shown, re.MULTILINE)]
+                self.assertEqual(drawn, [message for message in seen if message[1] != "NewSessionTicket"])
+
+    def test_every_block_is_looked_at(self) -> None:
+        """No block escapes the other tests: none is indented, and each output follows its command."""
+        blocks = [(section, section.blocks) for section in sections()]
+        self.assertEqual(len(re.findall(r"^\s*```", README, re.MULTILINE)), 2 * sum(len(some) for _, some in blocks))
+        for section, some in blocks:
+            for before, block in zip([None, *some], some, strict=False):
+                if block.language == "text" and not (before and before.language == "bash" and not before.reason):
+                    self.assertIn(section.title, ("Folder Structure", "The handshake in TLS 1.2",
+                                                  "The handshake in TLS 1.3"), f"line {block.line}")
 
     def test_links(self) -> None:
         """Every link within the page leads to a heading, and every file named in a link exists."""

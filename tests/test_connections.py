@@ -155,9 +155,10 @@ class ConnectionCase(ServerCase):
 
     def kept_alive(self, server: Server, held: contextlib.ExitStack, number: int) -> list[Talk]:
         """So many connections that have been served and are idle now, the longest idle first."""
-        talks = [held.enter_context(Talk(server.connect())) for _ in range(number)]
-        for talk in talks:
-            self.assertEqual(talk.ask("GET", "/nothing").status, 404)
+        talks = []
+        for _ in range(number):
+            talks.append(held.enter_context(Talk(server.connect())))
+            self.assertEqual(talks[-1].ask("GET", "/nothing").status, 404)
         return talks
 
     def silent(self, server: Server, held: contextlib.ExitStack, number: int) -> list[socket.socket]:

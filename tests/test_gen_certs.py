@@ -120,14 +120,14 @@ def ready_set() -> Path:
 
 
 @functools.cache
-def path_without(name: str) -> str:
-    """A PATH with the commands that a script may use, the watched openssl among them, but without this one."""
+def path_without(*names: str) -> str:
+    """A PATH with the commands that a script may use, the watched openssl among them, but without these."""
     folder = new_folder("commands")
     for command in ("awk", "basename", "bash", "cat", "chmod", "cmp", "cp", "cut", "date", "dirname", "env", "flock",
                     "grep", "head", "id", "ln", "ls", "mkdir", "mktemp", "mv", "openssl", "perl", "readlink", "rm",
                     "rmdir", "sed", "sh", "sleep", "sort", "tail", "touch", "tr", "uname", "wc"):
         found = shutil.which(command, path=watched_path())
-        if found and command != name:
+        if found and command not in names:
             (folder / command).symlink_to(found)
     return str(folder)
 
@@ -548,6 +548,30 @@ class Places(GenCertsCase):
                 self.assertRegex(run.stderr, rf"\Agen_certs\.sh: certs/{name} is missing; restore it, .*\n\Z")
                 self.assert_untouched(ready, before)
 
+    def test_configuration_without_a_name(self) -> None:
+        """Without a CN in client.cnf there is no place for NAME: it says so instead of issuing another mtls-client."""
+        ready = with_set()
+        settings = ready.certs / "client.cnf"
+        settings.write_text(settings.read_text().replace("CN =", "commonName ="))
+        before = contents(ready)
+        run = Run(ready, "client", "zoe").wait()
+        self.assertEqual((run.code, run.stdout), (1, ""))
+        self.assertRegex(run.stderr, r"\Agen_certs\.sh: certs/client\.cnf .*CN = .*\n\Z")
+        self.assert_untouched(ready, before)
+
+    def test_folder_in_the_way(self) -> None:
+        """A folder of a file's name (Docker makes one for a mount that is not there) is named, and nothing moved."""
+        for name, arguments in (("client.key", ()), ("zoe.pfx", ("client", "zoe"))):
+            with self.subTest(f"certs/{name} is a folder"):
+                ready = with_set()
+                (ready.certs / name).unlink(missing_ok=True)
+                (ready.certs / name).mkdir()
+                before = contents(ready)
+                run = Run(ready, *arguments, fast=True).wait()
+                self.assertEqual(run.code, 1)
+                self.assertIn(f"gen_certs.sh: certs/{name} ", run.stderr)
+                self.assert_untouched(ready, before)
+
     def test_folder_that_cannot_be_written(self) -> None:
         """In a folder, or with a script, that is not ours to write in, it says so and touches nothing."""
         # Root may write everywhere, so root lets nobody do it, in a folder that nobody can reach.
@@ -650,12 +674,14 @@ class OneMoreClient(GenCertsCase):
         """Any other NAME is refused in one line, with nothing touched."""
         ready = with_set()
         before = contents(ready)
+        taken = "would overwrite the lab's own files; choose another NAME"
+        made = "made with the whole set: bash certs/gen_certs.sh"
         unusable = "NAME: letters, digits, '.', '_' and '-', beginning with"
         for name, reason in {"-x": unusable, ".hidden": unusable, "..": unusable, "../zoe": unusable, "a/b": unusable,
                              "a b": unusable, "a\nb": unusable, "niño": unusable, "ñ": unusable, "*": unusable,
                              "$(id)": unusable, "a,CN=b": unusable, "a/CN=b": unusable, "a=b": unusable,
-                             "x" * 65: "at most 64", "ca": "the lab's own files", "server": "the lab's own files",
-                             "client": "made with the whole set: bash certs/gen_certs.sh"}.items():
+                             "x" * 65: "at most 64", "ca": taken, "server": taken, "client": made,
+                             "CA": taken, "Server": taken, "CLIENT": made}.items():
             for locale in ("C", "C.UTF-8") if not name.isascii() else ("C",):
                 with self.subTest(f"a client called {name!r} (LC_ALL={locale})"):
                     run = Run(ready, "client", name, env={"LC_ALL": locale}).wait()
@@ -931,6 +957,15 @@ class OneAtATime(GenCertsCase):
                 self.assertEqual(first.wait().code, 0, first.stderr)
                 self.assert_replaced(ready, before)
                 self.assertEqual(Run(ready, "client", "zoe", fast=True, env={"PATH": path}).wait().code, 0)
+
+    def test_no_lock(self) -> None:
+        """Where there is nothing to lock with it says so, and touches nothing."""
+        ready = with_set()
+        before = contents(ready)
+        run = Run(ready, env={"PATH": path_without("flock", "perl")}).wait()
+        self.assertEqual((run.code, run.stdout), (1, ""))
+        self.assertRegex(run.stderr, r"\Agen_certs\.sh: neither flock nor perl .*\n\Z")
+        self.assert_untouched(ready, before)
 
     def test_killed_run_does_not_block(self) -> None:
         """After a kill -9 the next run starts at once, even while the killed one's openssl lives on."""

@@ -280,7 +280,13 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE):   # out of descriptors: to try again at
                 self.make_room()                              # once would be a busy loop
             raise
-        connection = self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+        try:
+            plain.getpeername()   # fails if the peer has left already; wrap_socket would fail less neatly
+            connection = self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
+        except OSError as error:
+            plain.close()
+            log(f"REJECTED | peer={address[0]} | {in_words(error)}")
+            raise
         assert isinstance(connection, Connection)
         self.enter(connection, Phase.HANDSHAKE)
         with self.changed:

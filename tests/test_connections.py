@@ -173,8 +173,8 @@ class Waits(ConnectionCase):
         super().__init__()
         with contextlib.ExitStack() as held:
             # Entered before the servers, and so left after them: their end ends the waits.
-            pool = held.enter_context(concurrent.futures.ThreadPoolExecutor(20))
-            self.server, self.loaded, self.stopping = (held.enter_context(Server(lab())) for _ in range(3))
+            pool = held.enter_context(concurrent.futures.ThreadPoolExecutor(30))
+            self.server, self.loaded, self.stopping, crowded = (held.enter_context(Server(lab())) for _ in range(4))
             self.before, self.before_load = self.server.counts(), self.loaded.counts()
             server = self.server
             self.waits: dict[str, tuple[float, Callable[[], None]]] = {
@@ -198,6 +198,7 @@ class Waits(ConnectionCase):
                 "a TLS record that comes byte by byte is answered with 408":
                     (10, lambda: self.trickle_record(server, HALF, b"HTTP/1.1 408 ")),
                 "a response that nobody takes ends": (10, lambda: self.take_no_response(self.loaded, self.before_load)),
+                "a flood of strangers cannot push out clients that have been idle": (11, lambda: self.survive(crowded)),
                 "a refused peer that stays is left": (2, lambda: self.stay_after(server, None)),
                 "a peer that stays after the last answer is left": (2, lambda: self.stay_after(server, "client")),
                 "a stalled request ends with the server that is told to stop": (5, lambda: self.stop_stalled(self.stopping)),
@@ -289,6 +290,14 @@ class Waits(ConnectionCase):
             for wire in (silent, slow):
                 with self.assertRaises(OSError, msg="the rest of the answers should not have come"):
                     wire.hear()
+
+    def survive(self, server: Server) -> None:
+        with contextlib.ExitStack() as held:
+            idle = self.kept_alive(server, held, 20)
+            self.assertTrue(is_silent(idle[0].connection, 11.0), "it should not have to go yet")
+            self.silent(server, held, 300)
+            for talk in idle:
+                self.assertEqual(talk.ask("GET", "/todo").status, 200)
 
     def stay_after(self, server: Server, certificate: str | None) -> None:
         with Wire(server, certificate) as wire:

@@ -199,8 +199,8 @@ class Waits(ConnectionCase):
                     (10, lambda: self.trickle_record(server, HALF, b"HTTP/1.1 408 ")),
                 "a response that nobody takes ends": (10, lambda: self.take_no_response(self.loaded, self.before_load)),
                 "a flood of strangers cannot push out clients that have been idle": (11, lambda: self.survive(crowded)),
-                "a refused peer that stays is left": (2, lambda: self.stay_after(server, None)),
-                "a peer that stays after the last answer is left": (2, lambda: self.stay_after(server, "client")),
+                "a refused peer that stays is left": (2, lambda: self.stay_after(server, None, ENDING_GET)),
+                "a peer that stays after an error is left": (2, lambda: self.stay_after(server, "client", b"rubbish\r\n")),
                 "a stalled request ends with the server that is told to stop": (5, lambda: self.stop_stalled(self.stopping)),
             }
             self.seconds = {what: pool.submit(self.timed, wait) for what, (_, wait) in self.waits.items()}
@@ -299,10 +299,10 @@ class Waits(ConnectionCase):
             for talk in idle:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)
 
-    def stay_after(self, server: Server, certificate: str | None) -> None:
+    def stay_after(self, server: Server, certificate: str | None, sent: bytes) -> None:
         with Wire(server, certificate) as wire:
             wire.shake_hands()
-            wire.send(ENDING_GET)
+            wire.send(sent)
             while wire.plain.recv(65536):
                 pass
             for _ in range(200):   # an answer or alert and the end were heard; when will a reset come?

@@ -259,7 +259,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
     request_queue_size = 1024                    # of connections to accept; the default 5 drops some under load
     allow_reuse_address = sys.platform != "win32"   # there it would let two servers share the port
     allow_reuse_port = False                     # a second server must fail, not take half of the clients
-    idle_thread_seconds = 1.0
+    idle_thread_seconds = 0.5
 
     def __init__(self, address: tuple[str, int], context: ssl.SSLContext, allowed_cns: Iterable[str]) -> None:
         self.context = context

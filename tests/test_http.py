@@ -72,13 +72,13 @@ def sound_cases() -> Iterator[Case]:
     yield Case("a HEAD", request("HEAD", "/todo"), 200, closes=False)
     yield Case("a POST", request("POST", "/todo", todo(task="x")), 201, closes=False)
     yield Case("a GET that asks to close", request("GET", "/todo", Connection="close"), 200, closes=True)
-    yield Case("a GET that asks to Close, among others", request("GET", "/todo", Connection="TE, Close"), 200, closes=True)
-    yield Case("a POST that asks to close", request("POST", "/todo", todo(task="x"), Connection="close"), 201, closes=True)
+    yield Case("a GET that asks to Close, among others", request("GET", "/todo", Connection="TE, Close"), 200, True)
+    yield Case("a POST that asks to close", request("POST", "/todo", todo(task="x"), Connection="close"), 201, True)
     yield Case("an HTTP/1.0 GET", b"GET /todo HTTP/1.0\r\n\r\n", 200, closes=True)
     yield Case("an HTTP/1.0 HEAD", b"HEAD /todo HTTP/1.0\r\n\r\n", 200, closes=True)
     yield Case("an empty line before the request", b"\r\n" + request("GET", "/todo"), 200, closes=False)
     yield Case("header names in any case and values in odd spaces",
-               post("CONTENT-type:application/json", "content-LENGTH: \t 13 \t", body=b'{"task": "x"}'), 201, closes=False)
+               post("CONTENT-type:application/json", "content-LENGTH: \t 13 \t", body=b'{"task": "x"}'), 201, False)
     yield Case("99 headers", head("GET /todo HTTP/1.1", HOST, *(f"X-{n}: y" for n in range(98))), 200)
     yield Case("a header line of 60 KB", head("GET /todo HTTP/1.1", HOST, "X: " + "y" * 60_000), 200)
     yield Case("a request line of 60 KB", request("GET", "/todo?" + "x" * 60_000), 200)
@@ -108,11 +108,13 @@ def request_line_cases() -> Iterator[Case]:
     """Rows of the table on request lines. All end the connection: where would the next one begin?"""
     yield Case("HTTP/0.9", b"GET /todo\r\n", 400, closes=True)
     yield Case("HTTP/0.9 by its number", head("GET /todo HTTP/0.9"), 400, closes=True)
-    for raw in (b"hello", b"\x00\x01\x02 \xff\xfe", b"GET", b"GET /todo HTTP", b"GET /todo HTTP/1", b"GET /todo HTTP/11",
-                 b"GET /todo HTTP/1.1 x", b"GET  /todo HTTP/1.1", b" GET /todo HTTP/1.1", b"GET /todo http/1.1",
-                 b"GET /to do HTTP/1.1", b"GET /to\tdo HTTP/1.1", b"GET /to\x00do HTTP/1.1", b"GET /to\x0bdo HTTP/1.1",
-                 b"GET /\xc3\xb1 HTTP/1.1", b"G\xc3\x8bT /todo HTTP/1.1", b"G(T /todo HTTP/1.1", b"GET /todo HTTP/1.1\r",
-                 b"GET /todo HTTP/1.1\rX: y", b"GET /todo HTTP/\xb9.1", b"GET /todo HTTP/1.-1", b"GET /todo HTTP/+1.1"):
+    for raw in (b"hello", b"\x00\x01\x02 \xff\xfe", b"GET", b"GET /todo HTTP", b"GET /todo HTTP/1",
+                 b"GET /todo HTTP/11", b"GET /todo HTTP/1.1 x", b"GET  /todo HTTP/1.1", b" GET /todo HTTP/1.1",
+                 b"GET /todo http/1.1", b"GET /to do HTTP/1.1", b"GET /to\tdo HTTP/1.1", b"GET /to\x00do HTTP/1.1",
+                 b"GET /to\x0bdo HTTP/1.1",
+                 b"GET /\xc3\xb1 HTTP/1.1", b"G\xc3\x8bT /todo HTTP/1.1", b"G(T /todo HTTP/1.1",
+                 b"GET /todo HTTP/1.1\r", b"GET /todo HTTP/1.1\rX: y", b"GET /todo HTTP/\xb9.1",
+                 b"GET /todo HTTP/1.-1", b"GET /todo HTTP/+1.1"):
         yield Case(f"the request line {raw!r}", raw + b"\r\nHost: localhost\r\n\r\n", 400, closes=True)
     yield Case("TLS inside TLS", client_hello().replace(b"\n", b"\r"), 400, closes=True)   # no line ever ends
     for line in ("GET /todo HTTP/2.0", "PRI * HTTP/2.0", "GET /todo HTTP/3.0"):
@@ -131,14 +133,15 @@ def header_cases() -> Iterator[Case]:
                    head("GET /todo HTTP/1.1", HOST, f"Host: {second}"), 400, True, "Host")
     yield Case("HTTP/1.0 with two Hosts", head("GET /todo HTTP/1.0", HOST, "host: other"), 400, True, "Host")
     length = f"Content-Length: {len(HIDDEN)}"
-    for line in ("no colon", "nocolon", " X: y", "\tX: y", "X : y", "X\t: y", ": y", "X Y: z", "\xd1: y", "X(y): z", "X:\x00",
-                 "X: a\x0bb", "X: a\x7fb", f"X: a\r{length}", f"\r{length}", "X: a\r", "X: a\r\n continued"):
+    for line in ("no colon", "nocolon", " X: y", "\tX: y", "X : y", "X\t: y", ": y", "X Y: z", "\xd1: y", "X(y): z",
+                 "X:\x00", "X: a\x0bb", "X: a\x7fb", f"X: a\r{length}", f"\r{length}", "X: a\r", "X: a\r\n continued"):
         name = repr(line)
-        yield Case(f"a POST with the header line {name}", post(line, JSON, length, body=HIDDEN), 400, True, "(?i)header")
+        yield Case(f"a POST with the header line {name}", post(line, JSON, length, body=HIDDEN), 400, True,
+                   "(?i)header")
         yield Case(f"a GET with the last header line {name}", head("GET /todo HTTP/1.1", HOST, line) + HIDDEN,
                    400, True, "(?i)header")
-        yield Case(f"an HTTP/1.0 GET with the first header line {name}", head("GET /todo HTTP/1.0", line, length) + HIDDEN,
-                   400, True, "(?i)header")
+        yield Case(f"an HTTP/1.0 GET with the first header line {name}",
+                   head("GET /todo HTTP/1.0", line, length) + HIDDEN, 400, True, "(?i)header")
     yield Case("101 headers", head("GET /todo HTTP/1.1", HOST, *(f"X-{n}: y" for n in range(100))), 431, True)
     yield Case("a header line over 64 KiB", head("GET /todo HTTP/1.1", HOST, "X: " + "y" * MAX_BODY), 431, True)
     yield Case("a header line of 1 MB without an end", head("GET /todo HTTP/1.1", "X: " + "y" * 1_000_000), 431, True)
@@ -149,12 +152,13 @@ def body_header_cases() -> Iterator[Case]:
     body = todo(task="never stored")
     length = f"Content-Length: {len(HIDDEN)}"
     names_it = "Content-Type: application/json"
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "application/jsonx",
-                 "application/json-patch+json", "text/plain; application/json", "text/json", "json", "*/*", "", " ",
-                 "application/json/x", "text/plain, application/json"):
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
+                 "application/jsonx", "application/json-patch+json", "text/plain; application/json", "text/json",
+                 "json", "*/*", "", " ", "application/json/x", "text/plain, application/json"):
         yield Case(f"a POST of {kind!r}", post(f"Content-Type: {kind}", f"Content-Length: {len(body)}", body=body), 415,
                    says=names_it)
-        yield Case(f"a POST of {kind!r} with a request as body", post(f"Content-Type: {kind}", length, body=HIDDEN), 415)
+        yield Case(f"a POST of {kind!r} with a request as body",
+                   post(f"Content-Type: {kind}", length, body=HIDDEN), 415)
     yield Case("a POST without Content-Type", post(f"Content-Length: {len(body)}", body=body), 415, says=names_it)
 
     yield Case("a POST without Content-Length", post(JSON), 411, True, "Content-Length")
@@ -164,8 +168,8 @@ def body_header_cases() -> Iterator[Case]:
                    post(JSON, f"Transfer-Encoding: {coding}", body=b"0\r\n\r\n" + HIDDEN), 411, True, "Content-Length")
     yield Case("an HTTP/1.0 POST without Content-Length", head("POST /todo HTTP/1.0", JSON) + body, 411, True)
 
-    for value in ("", " ", "-1", "+5", "5.0", "0x5", "5e0", "1_0", "5 5", "5;", "five", "\xb2", "\xb5", "5\xa0", "\xa05",
-                  "5\x85", "5, 6", "5,", ",5", "5 6"):
+    for value in ("", " ", "-1", "+5", "5.0", "0x5", "5e0", "1_0", "5 5", "5;", "five", "\xb2", "\xb5", "5\xa0",
+                  "\xa05", "5\x85", "5, 6", "5,", ",5", "5 6"):
         yield Case(f"a POST with the Content-Length {value!r}",
                    post(JSON, f"Content-Length: {value}", body=HIDDEN), 400, True, "Content-Length")
         yield Case(f"a GET with the Content-Length {value!r}",
@@ -184,7 +188,8 @@ def body_header_cases() -> Iterator[Case]:
                            400, True, "Content-Length")
 
     for size in ("65537", "1000000", "9" * 25, "9" * 5000, "0" * 30 + "65537"):
-        yield Case(f"a POST that announces {size[:40]} bytes", post(JSON, f"Content-Length: {size}"), 413, True, "64|65,?536")
+        yield Case(f"a POST that announces {size[:40]} bytes", post(JSON, f"Content-Length: {size}"), 413, True,
+                   "64|65,?536")
 
 
 def unread_body_cases() -> Iterator[Case]:
@@ -269,7 +274,7 @@ def validation_cases() -> Iterator[Case]:
         "a body nested 30,000 deep": (b"[" * 30_000, "body: "),
         "a body nested 30,000 deep and closed": (b"[" * 30_000 + b"]" * 30_000, "body: "),
         "objects nested 10,000 deep": (b'{"a":' * 10_000, "body: "),
-        "an item whose other field is nested deep": (b'{"task": "x", "o": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", "body: "),
+        "another field nested 30,000 deep": (b'{"task": "x", "o": ' + b"[" * 30_000 + b"]" * 30_000 + b"}", "body: "),
         "a 10,000-digit number": (b'{"task": "x", "other": ' + b"1" * 10_000 + b"}", "body: "),
         "a list": (b'[{"task": "x"}]', "body: .*object"),
         "a string": (b'"task"', "body: .*object"),
@@ -464,7 +469,8 @@ class TestAnswers(HttpCase, SharedServerCase):
                 self.assertEqual((answer.json["client"], answer.json["todo"]), (names[poster], known[-1]))
                 for reader in ("mallory", "client", "client", "mallory"):
                     with self.subTest(f"after a POST by {poster}, {reader} sees the new item under its own name"):
-                        self.assertEqual(talks[reader].ask("GET", "/todo").json, {"client": names[reader], "todos": known})
+                        self.assertEqual(talks[reader].ask("GET", "/todo").json,
+                                         {"client": names[reader], "todos": known})
 
     def test_head_answers_as_get_without_the_body(self) -> None:
         """HEAD has the headers of GET, with the length of GET's body, for errors too."""
@@ -502,7 +508,8 @@ class TestAnswers(HttpCase, SharedServerCase):
             "one after the other": [],
         }
         for way, pieces in ways.items():
-            with self.subTest(f"requests that are sent {way} are answered in order"), Talk(self.server.connect()) as talk:
+            with (self.subTest(f"requests that are sent {way} are answered in order"),
+                  Talk(self.server.connect()) as talk):
                 for piece in pieces:
                     talk.send(piece)
                 for method, data, status in script:
@@ -582,7 +589,8 @@ class TestAnswers(HttpCase, SharedServerCase):
                     self.assertRegex(heard, rb"^HTTP/1\.1 400 ")
                     self.assertIn(b"\r\nConnection: close\r\n", heard)
                     self.assertEqual(heard.count(b"HTTP/"), 1, "there should be one answer")
-            with self.subTest(f"{by} between two requests is answered with close_notify alone"), Wire(self.server) as wire:
+            with (self.subTest(f"{by} between two requests is answered with close_notify alone"),
+                  Wire(self.server) as wire):
                 wire.shake_hands()
                 end(wire)
                 self.assertEqual(wire.hear(), b"")
@@ -691,7 +699,8 @@ class TestLog(HttpCase):
     def test_no_peer_can_forge_a_line_or_drive_a_terminal(self) -> None:
         """Control characters are escaped wherever they come from: request line, header, task or common name."""
         forged = "[SERVER] FORGED | all is well"
-        bad = ("\r", "\x1b[2J\x1b]0;x\x07", "\x00", "\x08\x08", "\x7f", "\x85", "\x9b2J", "\t", "\x0b", "\x0c", "\xa0", "\xad")
+        bad = ("\r", "\x1b[2J\x1b]0;x\x07", "\x00", "\x08\x08", "\x7f", "\x85", "\x9b2J", "\t", "\x0b", "\x0c", "\xa0",
+               "\xad")
         name = "nasty\r\n" + forged + "\x1b[2J\x9b\u202e\u2028\n"
         with Server(lab(), "--allow-cn", "mtls-client", name) as server:
             expected = 0
@@ -710,7 +719,8 @@ class TestLog(HttpCase):
             for context in contexts:
                 with Talk(server.connect(context=context)) as talk:
                     for text in (*bad, "\n", "\r\n", "\u2028", "\u2029", "\u202e", "\ufeff", "\U000e0001"):
-                        self.assertEqual(talk.ask("POST", "/todo", todo(task=f"a{text}{forged}")).status, 201, repr(text))
+                        status = talk.ask("POST", "/todo", todo(task=f"a{text}{forged}")).status
+                        self.assertEqual(status, 201, repr(text))
                         expected += 3
                     talk.ask("GET", "/todo")
                     expected += 2

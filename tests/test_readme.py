@@ -33,7 +33,7 @@ from http import HTTPStatus
 from pathlib import Path
 
 from tests import mistakes, test_mistakes
-from tests.support import PATIENCE, ROOT, Lab, environment, new_folder, prepared_path
+from tests.support import PATIENCE, ROOT, Lab, environment, new_folder, prepared_path, side_by_side
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
@@ -250,18 +250,26 @@ class TestReadme(unittest.TestCase):
 
     def test_commands_and_outputs(self) -> None:
         """Each bash block runs and prints what the block after it shows."""
+        found = [section for section in sections()
+                 if any(block.language == "bash" and not block.reason for block in section.blocks)]
+        copy_of_project(with_certificates=True)   # once before the threads that share it
         ran = 0
-        for section in sections():
-            blocks = [block for block in section.blocks if not block.reason]
-            if not any(block.language == "bash" for block in blocks):
-                continue
+        for section, result in zip(found, side_by_side(self.outcome, found), strict=True):
             with self.subTest(section=section.title):
-                scene = Scene(section)
-                try:
-                    ran += self.play(scene, blocks)
-                finally:
-                    scene.close()
+                if isinstance(result, AssertionError):
+                    raise result
+                ran += result
         self.assertGreater(ran, 25, "the blocks of README.md were not found")
+
+    def outcome(self, section: Section) -> int | AssertionError:
+        """Run one section in a copy of its own; returns how many blocks it has run, or what failed."""
+        scene = Scene(section)
+        try:
+            return self.play(scene, [block for block in section.blocks if not block.reason])
+        except AssertionError as error:
+            return error
+        finally:
+            scene.close()
 
     def play(self, scene: Scene, blocks: list[Block]) -> int:
         """Run one section's blocks in order; returns how many."""

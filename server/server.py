@@ -388,15 +388,16 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
                 # Nothing can come that a reset would answer: close_notify, and that is all.
                 socket.socket.shutdown(request, socket.SHUT_RD)   # so that unwrap does not wait for the peer's
                 request.unwrap()
-            elif not failed:
-                request.settimeout(0)   # send close_notify, but do not wait for the peer's
-                with contextlib.suppress(OSError):
-                    request.unwrap()
-                request.settimeout(None)
-            request.shutdown(socket.SHUT_WR)   # also drops the TLS layer: from here on plain bytes
-            left = MAX_DRAIN
-            while left > 0 and (received := len(request.recv(64 * 1024))):
-                left -= received
+            else:
+                if not failed:
+                    request.settimeout(0)   # send close_notify, but do not wait for the peer's
+                    with contextlib.suppress(OSError):
+                        request.unwrap()
+                    request.settimeout(None)
+                request.shutdown(socket.SHUT_WR)   # also drops the TLS layer: from here on plain bytes
+                left = MAX_DRAIN
+                while left > 0 and (received := len(request.recv(64 * 1024))):
+                    left -= received
         self.close_request(request)
 
     def close_request(self, request: Any) -> None:

@@ -228,6 +228,7 @@ class Server:
         self.process = subprocess.Popen(command, cwd=scratch(), env=environment(env), stdin=subprocess.DEVNULL,
                                         stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
                                         errors="backslashreplace")
+        atexit.register(self.process.kill)   # also when the tests are interrupted
         assert self.process.stdout and self.process.stderr
         self.stdout = Lines(self.process.stdout)
         self.stderr = Lines(self.process.stderr)

@@ -730,6 +730,7 @@ def main() -> None:
     server.serve_forever(poll_interval=SWEEP_SECONDS)
     server.stop()
     say("[SERVER] Stopped.")
+    os._exit(0)   # a plain return would wait for a thread that is stuck in a log that nobody reads
 
 
 if __name__ == "__main__":

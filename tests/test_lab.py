@@ -164,6 +164,25 @@ class TestHappyPath(unittest.TestCase):
             os.kill(pid, signal.SIGTERM)
             self.assertEqual(process.stderr.read(), "0\n")
 
+    def test_log_that_nobody_reads(self) -> None:
+        """A server whose log is stuck, because its reader stalls, ends all the same when it is told to."""
+        command = [sys.executable, "-W", "error", str(lab().root / "server" / "server.py"), "--port", "0"]
+        with subprocess.Popen(command, env=environment(), stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout and process.stderr
+                port = int(process.stdout.readline().rpartition(":")[2])
+                plain = socket.create_connection(("127.0.0.1", port), timeout=1)
+                with lab().context().wrap_socket(plain, server_hostname="127.0.0.1") as connection:
+                    with self.assertRaises(TimeoutError):
+                        while True:   # until the pipe is full: 64 KiB on Linux
+                            connection.sendall(request("GET", "/todo"))
+                            Answer(connection)
+                    process.send_signal(signal.SIGTERM)
+                    self.assertEqual(process.wait(PATIENCE), 0)
+            finally:
+                process.kill()
+
     def test_key_log(self) -> None:
         """SSLKEYLOGFILE gets the session's secrets, in a file that only its owner can read."""
         log = new_folder("keylog") / "keys"

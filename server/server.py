@@ -428,11 +428,12 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
     def give_up(self, connection: Connection) -> None:
         """Wake the thread that waits on this connection. It finds an end of the input.
 
-        Only the input: a late request still gets its 408, an idle peer its close_notify. The
-        second time, or where no answer is due, both directions.
+        Only the input: a late request still gets its 408, an idle peer its close_notify. If that
+        has not helped a second later, or where no answer is due, both directions.
         """
         only_input = connection.phase in (Phase.IDLE, Phase.REQUEST) and not connection.given_up
         connection.given_up = True
+        connection.deadline = time.monotonic() + 1.0
         with contextlib.suppress(OSError):
             # Not SSLSocket's method: that drops the TLS layer under the other thread's feet.
             socket.socket.shutdown(connection, socket.SHUT_RD if only_input else socket.SHUT_RDWR)
@@ -444,7 +445,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
             self.next_sweep = now + SWEEP_SECONDS
             with self.changed:
                 for connection in self.connections:
-                    if connection.given_up or now >= connection.deadline:
+                    if now >= connection.deadline:
                         self.give_up(connection)
 
     def stop(self) -> None:

@@ -429,11 +429,11 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
         """Wake the thread that waits on this connection. It finds an end of the input.
 
         Only the input: a late request still gets its 408, an idle peer its close_notify. If that
-        has not helped a second later, or where no answer is due, both directions.
+        has not helped after a while, or where no answer is due, both directions.
         """
         only_input = connection.phase in (Phase.IDLE, Phase.REQUEST) and not connection.given_up
         connection.given_up = True
-        connection.deadline = time.monotonic() + 1.0
+        connection.deadline = time.monotonic() + DEADLINES[Phase.CLOSING]
         with contextlib.suppress(OSError):
             # Not SSLSocket's method: that drops the TLS layer under the other thread's feet.
             socket.socket.shutdown(connection, socket.SHUT_RD if only_input else socket.SHUT_RDWR)

@@ -85,11 +85,12 @@ def listing(reply: dict[str, Any]) -> str:
 def explain(error: BaseException, url: str) -> str:
     """What went wrong with an exchange, and what to do next, in one line."""
     if isinstance(error, urllib.error.HTTPError):
-        with error:
-            body = error.read(100_000).decode(errors="replace")
+        body = ""
         try:
+            with error:
+                body = error.read(100_000).decode(errors="replace")
             body = json.loads(body)["error"]
-        except (ValueError, KeyError, TypeError, RecursionError):
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError):
             body = body or error.reason
         return f"the server answered HTTP {error.code}: {body}"
     if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
@@ -139,7 +140,8 @@ def parse_arguments() -> argparse.Namespace:
 def main() -> None:
     """POST, then GET, printing each step."""
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # where ñ cannot be shown
+        if stream:   # not closed
+            stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # where ñ cannot be shown
     arguments = parse_arguments()
     try:
         context = tls_context(arguments.cert, arguments.key, arguments.cacert)
@@ -182,5 +184,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except BrokenPipeError:   # the reader of our output has left, as in: | head -3
+    except OSError:   # our own output failed, or its reader has left, as in: | head -3
         os._exit(1)

@@ -42,6 +42,23 @@ def no_result(problem: str) -> NoReturn:
     sys.exit(2)
 
 
+class Connection(ssl.SSLSocket):
+    """Believes an alert only from a server that has proved who it is.
+
+    Anyone can answer our first bytes with an alert. We send our Finished only after we have
+    verified the server, and only then is there a "tls-unique" value to ask for.
+    """
+
+    def do_handshake(self, *args: Any) -> None:
+        """The handshake; ConnectionError for a refusal that comes too early to count."""
+        try:
+            super().do_handshake(*args)
+        except ssl.SSLError as error:
+            if error.reason in REFUSALS and self.get_channel_binding("tls-unique") is None:
+                raise ConnectionError(f"{error.args[-1]}, before the server proved who it is") from None
+            raise
+
+
 def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
     """A client's context without a certificate. Raises OSError (ssl.SSLError is one) on a bad ``cacert``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -50,6 +67,7 @@ def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
     context.hostname_checks_common_name = False
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.maximum_version = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}[tls_max]
+    context.sslsocket_class = Connection
     # Deliberately missing: context.load_cert_chain(...)
     return context
 
@@ -119,7 +137,7 @@ def main() -> None:
             status = error.code
     except urllib.error.URLError as error:   # while connecting, where TLS 1.2 refuses
         judge(error.reason if isinstance(error.reason, OSError) else error, arguments.url)
-    except (OSError, http.client.HTTPException) as error:   # on the first read, where TLS 1.3 refuses
+    except (OSError, http.client.HTTPException, UnicodeError) as error:   # on the first read, where TLS 1.3 refuses
         judge(error, arguments.url)
     report(f"FAIL: Server answered HTTP {status} to a client without a certificate.")
     sys.exit(1)
@@ -130,3 +148,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
+    except OSError:   # our own output failed: nobody has read a verdict
+        os._exit(2)

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The lab's mutual TLS server: GET /todo and POST /todo, for clients with a certificate of our CA.
 
-Read it from top to bottom: the TLS settings, who may come in, the TODO list, one connection's
-life (handshake, requests, close), the HTTP rules, and last the start and the end.
+Read it from top to bottom: the TLS settings, the log, the TODO list, one connection's life
+(handshake, requests, close), the HTTP rules and who may come in, and last the start and the end.
 
 One thread accepts. Each connection is served by a thread of its own, so whoever stalls, stalls
 alone; a sweep a few times a second ends whatever has waited too long.
@@ -76,7 +76,7 @@ def tls_context(certs: Path) -> ssl.SSLContext:
         load_with_ca(context, certs)
     except (ssl.SSLError, OSError) as error:
         fail(f"{certs / 'server.crt'} and server.key do not fit or cannot be used ({in_words(error)}); "
-             "run bash certs/gen_certs.sh again")
+             "the key must have no password; run bash certs/gen_certs.sh again")
     # ④ TLS 1.2 at least: 1.0 and 1.1 rest on MD5 and SHA-1 (deprecated by RFC 8996).
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # For TLS 1.2, only forward secrecy with authenticated encryption. This removes from Python's
@@ -116,7 +116,8 @@ def in_words(error: Exception) -> str:
         return f"certificate verify failed: {error.verify_message}"
     if isinstance(error, ssl.SSLError) and error.reason:
         return error.reason.replace("_", " ").lower()
-    return str(getattr(error, "strerror", None) or error).lower()
+    text = str(getattr(error, "strerror", None) or error)
+    return re.sub(r"\[\w+(: \w+)?\] | ?\(_ssl\.c:\d+\)", "", text).lower()
 
 
 def common_name(certificate: Any) -> str | None:
@@ -130,15 +131,22 @@ def common_name(certificate: Any) -> str | None:
 
 # --- Log -----------------------------------------------------------------------------------
 
-def log(*lines: str) -> None:
-    """Write whole lines to stderr in one call, so that threads never mix them.
+LOG_LOCK = threading.Lock()
+
+
+def log(*lines: str, patient: bool = True) -> None:
+    """Write whole lines to stderr, one thread at a time, so that they never mix.
+
+    Not ``patient``: rather lose the lines than wait for a terminal or pipe that nobody reads.
 
     Callers escape what a peer can choose (``repr`` or ``unicode_escape``): no request may forge
     a line or send control codes to the terminal.
     """
-    with contextlib.suppress(AttributeError, OSError, ValueError):   # a closed stderr stops no one
-        sys.stderr.write("".join(f"[SERVER] {line}\n" for line in lines))
-        sys.stderr.flush()
+    with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):   # a closed stderr stops no one
+        if patient or select.select([], [sys.stderr], [], 0)[1]:
+            with LOG_LOCK:
+                sys.stderr.write("".join(f"[SERVER] {line}\n" for line in lines))
+                sys.stderr.flush()
 
 
 def say(text: str) -> None:
@@ -244,7 +252,6 @@ class Connection(ssl.SSLSocket):
     phase = Phase.HANDSHAKE
     deadline = 0.0              # on the clock of time.monotonic()
     given_up = False            # woken from its waiting by the server
-    peer_is_done = False        # it has ended its direction, or promised to send no more requests
     common_name: str | None = None
 
 
@@ -259,6 +266,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
     request_queue_size = 1024                    # of connections to accept; the default 5 drops some under load
     allow_reuse_address = sys.platform != "win32"   # there it would let two servers share the port
     allow_reuse_port = False                     # a second server must fail, not take half of the clients
+    timeout = SWEEP_SECONDS                      # of handle_request: how long it waits for a connection
     idle_thread_seconds = 0.5
 
     def __init__(self, address: tuple[str, int], context: ssl.SSLContext, allowed_cns: Iterable[str]) -> None:
@@ -303,7 +311,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
             connection = self.context.wrap_socket(plain, server_side=True, do_handshake_on_connect=False)
         except OSError as error:
             plain.close()
-            log(f"REJECTED | peer={address[0]} | {in_words(error)}")
+            log(f"REJECTED | peer={address[0]} | {in_words(error)}", patient=False)   # others want to come in
             raise
         assert isinstance(connection, Connection)
         self.enter(connection, Phase.HANDSHAKE)
@@ -318,9 +326,9 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
         """
         with self.changed:
             idle = [one for one in self.connections if one.phase is Phase.IDLE]
-            busy = []
+            busy: set[Connection] = set()
             with contextlib.suppress(OSError, ValueError):   # what select cannot take is not spared
-                busy = select.select(idle, [], [], 0)[0]
+                busy = set(select.select(idle, [], [], 0)[0])
             if busy and self.changed.wait(0.01) and len(self.connections) < self.max_connections:
                 return
             waiting = [one for one in self.connections
@@ -338,7 +346,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
             try:
                 threading.Thread(target=self.serve_connections, daemon=True).start()
             except RuntimeError as error:
-                log(f"ERROR: {error}; connection dropped")
+                log(f"ERROR: {error}; connection dropped", patient=False)
                 self.close_request(request)
                 return
         self.work.put((request, client_address))
@@ -384,20 +392,15 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
         with contextlib.suppress(OSError, ValueError):
             failed = request.phase is Phase.HANDSHAKE
             self.enter(request, Phase.CLOSING)
-            if request.peer_is_done:
-                # Nothing can come that a reset would answer: close_notify, and that is all.
-                socket.socket.shutdown(request, socket.SHUT_RD)   # so that unwrap does not wait for the peer's
-                request.unwrap()
-            else:
-                if not failed:
-                    request.settimeout(0)   # send close_notify, but do not wait for the peer's
-                    with contextlib.suppress(OSError):
-                        request.unwrap()
-                    request.settimeout(None)
-                request.shutdown(socket.SHUT_WR)   # also drops the TLS layer: from here on plain bytes
-                left = MAX_DRAIN
-                while left > 0 and (received := len(request.recv(64 * 1024))):
-                    left -= received
+            if not failed:
+                request.settimeout(0)   # send close_notify, but do not wait for the peer's
+                with contextlib.suppress(OSError):
+                    request.unwrap()
+                request.settimeout(None)
+            request.shutdown(socket.SHUT_WR)   # also drops the TLS layer: from here on plain bytes
+            left = MAX_DRAIN
+            while left > 0 and (received := len(request.recv(64 * 1024))):
+                left -= received
         self.close_request(request)
 
     def close_request(self, request: Any) -> None:
@@ -417,7 +420,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
     # Deadlines
 
     def enter(self, connection: Connection, phase: Phase) -> bool:
-        """Begin a phase and its deadline. False if the connection was given up just before."""
+        """Begin a phase and its deadline. False if it was given up just before, or we stop."""
         with self.changed:
             wanted = not connection.given_up and not (self.stopping and phase is Phase.IDLE)
             connection.phase = phase
@@ -439,7 +442,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
             socket.socket.shutdown(connection, socket.SHUT_RD if only_input else socket.SHUT_RDWR)
 
     def service_actions(self) -> None:
-        """Called by serve_forever between connections: a sweep through the deadlines."""
+        """Called between connections: a sweep through the deadlines, if it is time for one."""
         now = time.monotonic()
         if now >= self.next_sweep:
             self.next_sweep = now + SWEEP_SECONDS
@@ -505,7 +508,6 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         if not self.server.enter(self.connection, Phase.IDLE):
             return
         first = self.rfile.peek(1)[:1]
-        self.connection.peer_is_done = not first
         if not first or not self.server.enter(self.connection, Phase.REQUEST):
             return
         if first == b"\x16":   # a TLS record: no line end may ever come
@@ -535,8 +537,10 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         self.request_version = "HTTP/1.0" if match[4] == b"0" else "HTTP/1.1"
 
         self.headers = self.MessageClass()
+        left = 2 * MAX_LINE   # for all together: 256 connections with 100 long lines each would be 1.6 GB
         while (line := self.rfile.readline(MAX_LINE + 1)) not in (b"\r\n", b"\n"):
-            if len(line) > MAX_LINE or len(self.headers) >= MAX_HEADERS:
+            left -= len(line)
+            if len(line) > MAX_LINE or left < 0 or len(self.headers) >= MAX_HEADERS:
                 self.send_error(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers: too long or too many")
                 return False
             match = HEADER_LINE.fullmatch(line)
@@ -555,7 +559,6 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         lengths = self.headers.get_all("Content-Length", [])
         has_body = "Transfer-Encoding" in self.headers or any(length != "0" for length in lengths)
         self.close_connection = has_body or not self.keep_alive
-        self.connection.peer_is_done = not has_body and not self.keep_alive
         return True
 
     def do_GET(self) -> None:
@@ -601,7 +604,7 @@ class TodoHandler(http.server.BaseHTTPRequestHandler):
         body = self.rfile.read(length)
         if len(body) < length:
             return self.refuse_incomplete()
-        self.close_connection = self.connection.peer_is_done = not self.keep_alive
+        self.close_connection = not self.keep_alive
         try:
             task, done = parse_todo(body)
         except ValueError as error:
@@ -720,15 +723,16 @@ def main() -> None:
         fail(f"{problem}; choose an address of this machine with --host and a port you may use with --port")
 
     def stop(*_: object) -> None:
-        # shutdown() waits for the loop to end, which this thread runs: so ask from another one.
-        threading.Thread(target=server.shutdown, daemon=True).start()
+        server.stopping = True   # no more than this: a handler may interrupt anything, also a lock's owner
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     say(f"[SERVER] mTLS server listening on https://{arguments.host}:{server.server_port}\n"
         "[SERVER] Requiring client cert signed by: ca.crt\n"
         "[SERVER] Press Ctrl+C to stop.")
-    server.serve_forever(poll_interval=SWEEP_SECONDS)
+    while not server.stopping:
+        server.handle_request()
+        server.service_actions()
     server.stop()
     say("[SERVER] Stopped.")
     os._exit(0)   # a plain return would wait for a thread that is stuck in a log that nobody reads

@@ -451,10 +451,10 @@ def ends(connection: socket.socket) -> None:
     connection.recv(65536)
 
 
-def sends_alert(connection: socket.socket) -> None:
-    """Refuse with a fatal alert that has nothing to do with certificates: protocol_version."""
+def sends_alert(connection: socket.socket, code: bytes = b"\x46") -> None:
+    """Refuse with a fatal alert before any handshake; the default, protocol_version, is not about certificates."""
     connection.recv(65536)
-    connection.sendall(b"\x15\x03\x03\x00\x02\x02\x46")
+    connection.sendall(b"\x15\x03\x03\x00\x02\x02" + code)
 
 
 def speaks_http(connection: socket.socket) -> None:
@@ -591,6 +591,9 @@ class TestClients(unittest.TestCase):
             ("an end", 2, ends, "(?i)eof"),
             ("plain HTTP", 2, speaks_http, "(?i)wrong.version"),
             ("another alert", 2, sends_alert, "alert protocol version"),
+            ("the right alert from anyone", 2, lambda connection: sends_alert(connection, b"\x74"), "before the server"),
+            ("the right alert of TLS 1.2 from anyone", 2, lambda connection: sends_alert(connection, b"\x28"),
+             "before the server"),
         ]
         with Server(lab()) as refusing:
             for title, code, behave, words in cases:

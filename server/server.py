@@ -452,7 +452,7 @@ class MutualTLSServer(http.server.ThreadingHTTPServer):
                         self.give_up(connection)
 
     def stop(self) -> None:
-        """Accept no more, let running requests finish for a while, then end what is left."""
+        """Accept no more, and let running requests finish for a while; the process then ends the rest."""
         self.server_close()
         deadline = time.monotonic() + STOP_SECONDS
         with self.changed:

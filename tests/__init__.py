@@ -1,1 +1,86 @@
-"""Tests of the mTLS lab: real openssl, real certificates, real processes, free ports."""
+"""The lab's tests: ``python3 -m unittest discover -s tests -t .``
+
+Most of a test's time is waiting, so the test classes run side by side, in threads of this one
+process; the tests of one class run one after the other. What is reported of a test is kept until
+it ends, and then reported at once, so that the output reads as usual.
+
+unittest asks a package or module for its `load_tests`. A test module that is to run side by side
+when it is run alone, too, imports it from here.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import unittest
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+AT_ONCE = 6
+"""Classes that run side by side. More would only wait for the processor."""
+
+
+def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
+    """The tests of one module, or those of all modules that the ``pattern`` names; side by side."""
+    if sys.platform == "win32":
+        sys.exit("The tests need a Unix system. On Windows, run them in WSL.")
+    if pattern is not None:
+        tests = loader.discover(str(Path(__file__).parent), pattern)
+    groups: dict[Any, list[unittest.TestCase]] = {}
+    for test in each(tests):
+        module = sys.modules[type(test).__module__]
+        groups.setdefault(module if hasattr(module, "setUpModule") else type(test), []).append(test)
+    # Those that say that they take long, first: so that nobody waits for them alone at the end.
+    ordered = sorted(groups, key=lambda group: -getattr(group, "seconds", 0))
+    return SideBySide(unittest.TestSuite(groups[group]) for group in ordered)
+
+
+def each(suite: Iterable[Any]) -> Iterable[unittest.TestCase]:
+    """The tests in a suite of suites."""
+    for one in suite:
+        if isinstance(one, unittest.TestSuite):
+            yield from each(one)
+        else:
+            yield one
+
+
+class SideBySide(unittest.TestSuite):
+    """Runs its suites in threads."""
+
+    def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
+        """All of them; see unittest.TestSuite."""
+        turn = threading.Lock()
+        with ThreadPoolExecutor(AT_ONCE) as pool:
+            running = [pool.submit(suite.run, Record(result, turn), debug) for suite in self]
+            try:
+                for one in running:
+                    one.result()
+            except KeyboardInterrupt:
+                result.stop()   # the tests that run now are the last
+                raise
+        return result
+
+
+class Record(unittest.TestResult):
+    """What one suite reports, kept until a test ends and then passed on to the real result."""
+
+    def __init__(self, result: unittest.TestResult, turn: Any) -> None:
+        super().__init__()
+        self.result, self.turn = result, turn
+        self.kept: list[tuple[str, tuple[Any, ...]]] = []
+        for name in ("startTest", "addSuccess", "addError", "addFailure", "addSkip", "addExpectedFailure",
+                     "addUnexpectedSuccess", "addSubTest", "addDuration", "stopTest"):
+            setattr(self, name, lambda *arguments, name=name: self.keep(name, *arguments))
+
+    def keep(self, name: str, *arguments: Any) -> None:
+        """Keep it. At the end of a test, or for a failure outside of any (in setUpClass), pass all on."""
+        self.kept.append((name, arguments))
+        if name == "stopTest" or self.kept[0][0] != "startTest":
+            with self.turn:
+                for kept, its_arguments in self.kept:
+                    if hasattr(self.result, kept):   # addDuration is new in Python 3.12
+                        getattr(self.result, kept)(*its_arguments)
+            self.kept.clear()
+            self.shouldStop = self.result.shouldStop

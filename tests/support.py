@@ -30,6 +30,20 @@ A = TypeVar("A")
 B = TypeVar("B")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+def once(make: Callable[[], A]) -> Callable[[], A]:
+    """Decorator: make it when it is first asked for, only once also where tests run side by side."""
+    lock = threading.RLock()
+    cached = functools.cache(make)
+
+    @functools.wraps(make)
+    def get() -> A:
+        with lock:
+            return cached()
+    return get
+
+
 PATIENCE = 30.0
 """Seconds after which a test gives up waiting for something that should happen at once."""
 
@@ -46,7 +60,7 @@ def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]
     return {name: value for name, value in variables.items() if value is not None}
 
 
-@functools.cache
+@once
 def scratch() -> Path:
     """A folder for this run of the tests, removed when it ends. Its name has a space."""
     folder = Path(tempfile.mkdtemp(prefix="mtls lab tests "))
@@ -96,7 +110,7 @@ fi
 """
 
 
-@functools.cache
+@once
 def prepared_path() -> str:
     """A PATH whose openssl hands out prepared keys (``genrsa -out FILE BITS`` only)."""
     folder = new_folder("prepared")
@@ -117,14 +131,10 @@ class Lab:
     def __init__(self, name: str = "lab") -> None:
         self.root = new_folder(name) / "mtls-lab"
         self.certs = self.root / "certs"
-        for folder, names in {
-            "certs": ["gen_certs.sh", "ca.cnf", "server.cnf", "client.cnf"],
-            "server": ["server.py"],
-            "client": ["client.py", "client_no_cert.py"],
-        }.items():
-            (self.root / folder).mkdir(parents=True, exist_ok=True)
-            for file in names:
-                shutil.copy(ROOT / folder / file, self.root / folder / file)
+        for pattern in ("certs/*.sh", "certs/*.cnf", "server/*.py", "client/*.py"):
+            for file in ROOT.glob(pattern):
+                (self.root / file.parent.name).mkdir(parents=True, exist_ok=True)
+                shutil.copy(file, self.root / file.parent.name)
 
     def generate(self, *arguments: str, **variables: str) -> str:
         """Run gen_certs.sh with prepared keys and no terminal; returns what it printed."""
@@ -159,7 +169,7 @@ class Lab:
         return context
 
 
-@functools.cache
+@once
 def lab() -> Lab:
     """The lab that tests share: with all certificates, and mallory's. Do not change its files."""
     shared = Lab("shared")

@@ -9,7 +9,7 @@ import subprocess
 import unittest
 from pathlib import Path
 
-from tests.support import Lab, environment, new_folder, openssl
+from tests.support import Lab, environment, new_folder, once, openssl
 
 PASSWORD = "a password, with $igns & spaces"
 
@@ -20,7 +20,7 @@ SUBJECT = "X509v3 Subject Key Identifier"
 USAGE = "X509v3 Key Usage"
 
 
-@functools.cache
+@once
 def certs() -> Path:
     """A folder with a set, a client of its own name, and PFX files of a known password."""
     lab = Lab("certificates")

@@ -21,7 +21,16 @@ import unittest
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
-from tests.support import PATIENCE, Server, ServerCase, Talk, Wire, environment, lab, request
+from tests.support import (
+    PATIENCE,
+    Server,
+    ServerCase,
+    Talk,
+    Wire,
+    environment,
+    lab,
+    request,
+)
 
 MAX_CONNECTIONS = 256
 SLACK = 8.0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import re
 import shutil
@@ -16,7 +15,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from tests.support import PATIENCE, ROOT, Lab, lab
+from tests.support import PATIENCE, ROOT, Lab, lab, once
 
 COPIED = ["server/server.py", "certs/ca.crt", "certs/server.crt", "certs/server.key"]
 
@@ -76,7 +75,7 @@ class TestDockerfile(unittest.TestCase):
         self.assertEqual(values("EXPOSE"), ["8443"])
 
 
-@functools.cache
+@once
 def engine() -> str | None:
     """The docker or podman command, if it works and has the base image; None otherwise."""
     base = values("FROM")[0]

@@ -26,6 +26,7 @@ from tests.support import (
     in_terminal,
     lab,
     new_folder,
+    once,
     openssl,
     prepared_path,
     scratch,
@@ -69,7 +70,7 @@ HOLD = 'while [ -e "$WATCH/hold" ]; do sleep 0.02; done'
 # --- Runs under observation ----------------------------------------------------------------
 
 
-@functools.cache
+@once
 def watched_path() -> str:
     """`prepared_path` with an openssl in front that notes each call in $WATCH/calls.
 
@@ -111,7 +112,7 @@ esac
     return f"{folder}{os.pathsep}{prepared}"
 
 
-@functools.cache
+@once
 def ready_set() -> Path:
     """A folder with a whole set that is not the shared lab's."""
     made = Lab("ready")

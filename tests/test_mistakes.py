@@ -11,7 +11,17 @@ from pathlib import Path
 
 from tests import mistakes
 from tests.mistakes import Bench, Outcome, meet
-from tests.support import PATIENCE, ROOT, Answer, Lab, Server, environment, new_folder, openssl, request
+from tests.support import (
+    PATIENCE,
+    ROOT,
+    Answer,
+    Lab,
+    Server,
+    environment,
+    new_folder,
+    openssl,
+    request,
+)
 
 HELLO = ("hello, mtls-client", "mtls-client's request")
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import doctest
-import functools
 import importlib.util
 import json
 import os
@@ -33,7 +32,16 @@ from http import HTTPStatus
 from pathlib import Path
 
 from tests import mistakes, test_mistakes
-from tests.support import PATIENCE, ROOT, Lab, environment, new_folder, prepared_path, side_by_side
+from tests.support import (
+    PATIENCE,
+    ROOT,
+    Lab,
+    environment,
+    new_folder,
+    once,
+    prepared_path,
+    side_by_side,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
@@ -164,7 +172,7 @@ def copy_of_project(with_certificates: bool) -> Path:
     return root
 
 
-@functools.cache
+@once
 def certificates() -> Path:
     """A folder certs as gen_certs.sh leaves it."""
     fresh = Lab("readme certificates")

@@ -14,7 +14,17 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from tests import load_tests  # noqa: F401
-from tests.support import PATIENCE, Answer, Server, ServerCase, SharedServerCase, Talk, Wire, lab, request
+from tests.support import (
+    PATIENCE,
+    Answer,
+    Server,
+    ServerCase,
+    SharedServerCase,
+    Talk,
+    Wire,
+    lab,
+    request,
+)
 
 HOST = "Host: localhost"
 JSON = "Content-Type: application/json"
@@ -467,7 +477,7 @@ class TestLog(HttpCase):
                     log = server.stderr.wait_for(lambda log, number=number:   # type: ignore[misc]
                                                  sum("REQUEST" in one for one in log) >= number)
                     found = pattern.fullmatch([one for one in log if "REQUEST" in one][-1])
-                    assert found, log
+                    assert found, log[-1]
                     logged = found[1]
                     self.assertEqual(int(found[2]), status)
                     self.assertTrue(logged.isprintable() and logged.isascii(), logged)

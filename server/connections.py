@@ -196,6 +196,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """One step of the handshake. It ends with an alert, or with a guest."""
         try:
             if not isinstance(stranger.socket, Guest):   # his first byte: only now he costs a TLS object
+                stranger.socket.getpeername()   # fails if he has left already; wrap_socket would fail less neatly
                 stranger.socket = self.context.wrap_socket(stranger.socket, True, do_handshake_on_connect=False)
             stranger.socket.do_handshake()
         except ssl.SSLWantReadError:
@@ -236,7 +237,11 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     # Guests
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a guest a worker, now or when one is free. In a full house somebody else must go."""
+        """Give a guest a worker, now or when one is free. In a full house he, or somebody else, must go."""
+        if len(self.guests) >= self.max_guests and not self.is_welcome(request):
+            self.refused(client_address, ConnectionError("no room"))
+            self.shutdown_request(request)
+            return
         if hasattr(socket, "TCP_QUICKACK"):
             # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
             # and a client with Nagle's algorithm holds his first request back for that ACK.

@@ -210,5 +210,7 @@ def for_log(line: bytes) -> str:
     Only two spaces stay: more could move what follows to where a line of the log begins.
     """
     text = line[:MAX_LOGGED + 2].decode("latin-1").rstrip("\r\n").encode("unicode_escape").decode().replace('"', r"\x22")
-    words = (text if len(text) <= MAX_LOGGED else text[:MAX_LOGGED] + "...").split(" ")
-    return " ".join([*words[:1], r"\x20".join(words[1:-1]), *words[-1:]] if len(words) > 2 else words)
+    words = text.split(" ")
+    if len(words) > 3:
+        text = " ".join([words[0], r"\x20".join(words[1:-1]), words[-1]])
+    return text if len(text) <= MAX_LOGGED else text[:MAX_LOGGED] + "..."

@@ -474,7 +474,7 @@ def uri_in(certificate: Any) -> str:
     return str(dict(certificate["subjectAltName"])["URI"])
 
 
-@experiment("names and SAN", "client's name in the SAN, no CN")
+@experiment("names and SAN", "client name in the SAN, no CN")
 def spiffe(bench: Bench) -> Outcome:
     """The handshake is fine, but a server that only looks at the CN sees nobody. The second server reads the SAN.
 
@@ -669,7 +669,7 @@ def client_renewed(bench: Bench) -> Outcome:
 def server_renewed(bench: Bench) -> Outcome:
     """A running server does not see that its file is new. The second attempt is after load_cert_chain().
 
-    Cure: A restart, or load_cert_chain() again on the running context: new connections then use the new one.
+    Cure: A restart, or load_cert_chain() again on the running context: new connections then get the new one.
     """
     server = bench.server(bench.issue("renewed", like="server", options=PAST))
     bench.issue("renewed", like="server")
@@ -709,7 +709,8 @@ def wrong_key(bench: Bench) -> Outcome:
 
 @experiment("keys and secrets", "RSA key of 1024 bits")
 def short_key(bench: Bench) -> Outcome:
-    """Too short to be safe. The client's own load_cert_chain() refuses it; where it does not (@SECLEVEL=0), the server.
+    """OpenSSL's security level 2, Python's default, wants 2048. First the client's own load_cert_chain() refuses the
+    key; then a client at level 0 shows it, and the server refuses.
 
     Cure: 2048 bits or more, or a P-256 key.
     """
@@ -719,7 +720,8 @@ def short_key(bench: Bench) -> Outcome:
 
 @experiment("keys and secrets", "SHA-1 signature")
 def weak_digest(bench: Bench) -> Outcome:
-    """SHA-1 is broken: the certificate may be forged. Refused as above; OpenSSL 3.6.5 leaves it to the server.
+    """SHA-1 is broken: the certificate may be forged. The same two attempts. In OpenSSL 3.6.5 load_cert_chain() does
+    not look at this, so both end at the server.
 
     Cure: Sign with -sha256. openssl x509 -noout -text -in FILE shows the algorithm.
     """
@@ -835,8 +837,8 @@ def revoked_without_crl(bench: Bench) -> Outcome:
 def revoked_with_crl(bench: Bench) -> Outcome:
     """The CRL lists the certificates that the CA has revoked. alice's is on it, mtls-client's is not.
 
-    Cure: openssl ca -revoke and -gencrl make it; on the server load_verify_locations("crl.pem")
-    and verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF.
+    Cure: openssl ca -revoke and -gencrl make it. On the server: load_verify_locations("crl.pem"), and add
+    ssl.VERIFY_CRL_CHECK_LEAF to verify_flags.
     """
     server = revoke_alice(bench, "-crldays", "7")
     return in_turn(meet(server, bench.client("alice")), meet(server, bench.client()))

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
 import time
 import unittest
 import uuid
-from collections.abc import Callable
 from pathlib import Path
 
-from tests.support import PATIENCE, ROOT, Lab, lab, once
-
-COPIED = ["server/server.py", "certs/ca.crt", "certs/server.crt", "certs/server.key"]
+from tests import load_tests  # noqa: F401
+from tests.support import PATIENCE, ROOT, Lab, Server, lab, once
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -36,33 +33,37 @@ class TestDockerfile(unittest.TestCase):
     """Without any engine."""
 
     def test_base(self) -> None:
-        """An official slim image, pinned to a released minor version that the lab supports."""
-        self.assertEqual(len(values("FROM")), 1)
+        """An official slim image, pinned to a released minor version that the lab supports; nothing is installed."""
+        self.assertEqual([word for word, _ in instructions() if word not in ("ENV", "COPY")],
+                         ["FROM", "WORKDIR", "USER", "EXPOSE", "CMD"], "nothing that runs, adds or downloads anything")
         match = re.fullmatch(r"python:3\.(\d+)-slim", values("FROM")[0])
         assert match, values("FROM")
         self.assertIn(int(match[1]), range(10, 15))
 
-    def test_nothing_installed(self) -> None:
-        """No instruction runs, adds or downloads anything."""
-        self.assertEqual({word for word, _ in instructions()},
-                         {"FROM", "ENV", "WORKDIR", "COPY", "USER", "EXPOSE", "CMD"})
-
     def test_what_is_copied(self) -> None:
-        """Four files one by one, that the project has or the script makes; the key for the server's user alone."""
+        """Files one by one, the key for the server's user alone; .dockerignore lets in exactly these."""
         copies = [rest.split() for rest in values("COPY")]
-        sources = [[word for word in words if not word.startswith("--")][:-1] for words in copies]
-        self.assertEqual(sources, [[name] for name in COPIED])
-        for name in COPIED:
-            self.assertTrue((lab().root / name).is_file(), name)
-        key = next(words for words in copies if "certs/server.key" in words)
-        user = values("USER")[0]
-        self.assertIn(f"--chown={user}", key)
-        self.assertIn("--chmod=0400", key)
-
-    def test_build_context(self) -> None:
-        """.dockerignore lets in exactly what is copied."""
+        files = [words[-1] for words in copies]
+        self.assertEqual([[word for word in words if not word.startswith("--")] for words in copies],
+                         [[name, name] for name in files])
+        self.assertEqual([name for name in files if not name.startswith("server/")],
+                         ["certs/ca.crt", "certs/server.crt", "certs/server.key"])
+        modes = {words[-1]: words[:-2] for words in copies}
+        self.assertEqual(modes.pop("certs/server.key"), [f"--chown={values('USER')[0]}", "--chmod=0400"])
+        self.assertEqual({tuple(options) for options in modes.values()}, {("--chmod=0444",)})
         rules = [line for line in (ROOT / ".dockerignore").read_text().splitlines() if line and not line.startswith("#")]
-        self.assertEqual(rules, ["*", *(f"!{name}" for name in COPIED)])
+        self.assertEqual(rules, ["*", *(f"!{name}" for name in files)])
+
+    def test_it_is_enough(self) -> None:
+        """The server runs on these files and serves."""
+        image = Lab("image")
+        shutil.rmtree(image.root)
+        for rest in values("COPY"):
+            name = rest.split()[-1]
+            (image.root / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(lab().root / name, image.root / name)
+        with Server(image) as server:
+            self.assertEqual(lab().run("client/client.py", "--url", server.url).returncode, 0)
 
     def test_process(self) -> None:
         """A fixed numeric user that is not root; python itself is process 1; no bytecode, no buffering."""
@@ -99,21 +100,18 @@ class TestImage(unittest.TestCase):
                               stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=check, timeout=PATIENCE * 4)
 
     @classmethod
-    def setUpClass(cls) -> None:
-        """Build the image from a copy of the project that has certificates."""
-        cls.tag = f"mtls-lab-test-{uuid.uuid4().hex[:12]}:latest"
-        cls.project = cls.with_docker_files(lab())
-        cls.docker("build", "-f", cls.project / "Dockerfile", "-t", cls.tag, cls.project)
-        cls.addClassCleanup(cls.docker, "image", "rm", "-f", cls.tag, check=False)
-
-    project: Path
-
-    @staticmethod
-    def with_docker_files(of: Lab) -> Path:
-        """The lab's folder, with the Dockerfile and .dockerignore in it."""
+    def build(cls, of: Lab, tag: str, check: bool = True) -> subprocess.CompletedProcess[str]:
+        """Build an image from a copy of the project."""
         for name in ("Dockerfile", ".dockerignore"):
             shutil.copy(ROOT / name, of.root / name)
-        return of.root
+        return cls.docker("build", "-f", of.root / "Dockerfile", "-t", tag, of.root, check=check)
+
+    @classmethod
+    def setUpClass(cls) -> None:
+        """Build the image from a project that has certificates."""
+        cls.tag = f"mtls-lab-test-{uuid.uuid4().hex[:12]}:latest"
+        cls.build(lab(), cls.tag)
+        cls.addClassCleanup(cls.docker, "image", "rm", "-f", cls.tag, check=False)
 
     def start(self, *options: str | Path) -> tuple[str, str]:
         """Start a container on a free port; returns its name and the server's URL."""
@@ -123,32 +121,28 @@ class TestImage(unittest.TestCase):
         name = f"mtls-lab-test-{uuid.uuid4().hex[:12]}"
         self.docker("run", "-d", "--name", name, "--network", "host", "-e", f"MTLS_SERVER_PORT={port}", *options, self.tag)
         self.addCleanup(self.docker, "rm", "-f", name, check=False)
-        self.wait(lambda: "Press Ctrl+C" in self.docker("logs", name).stdout, name)
+        deadline = time.monotonic() + PATIENCE
+        while "Press Ctrl+C" not in (log := self.docker("logs", name, check=False).stdout):
+            self.assertLess(time.monotonic(), deadline, log)
+            time.sleep(0.1)
         return name, f"https://127.0.0.1:{port}/todo"
 
-    def wait(self, happened: Callable[[], bool], name: str) -> None:
-        """Wait until something has happened."""
-        deadline = time.monotonic() + PATIENCE
-        while not happened():
-            self.assertLess(time.monotonic(), deadline, self.docker("logs", name, check=False).stdout)
-            time.sleep(0.1)
-
     def test_at_work(self) -> None:
-        """Locked down it serves the clients from the host, logs as a terminal would, and stops at once with 0."""
-        for title, options in (("plain", ()), ("locked down", ("--read-only", "--cap-drop=ALL", "--security-opt",
-                                                               "no-new-privileges"))):
-            with self.subTest(title):
+        """Locked down, too, it serves the clients from the host, logs as a terminal would, and stops at once with 0."""
+        locked_down = ("--read-only", "--cap-drop=ALL", "--security-opt", "no-new-privileges")
+        for options, end in (((), ("kill", "-s", "INT")), (locked_down, ("stop",))):
+            with self.subTest(f"{options}, ended with {end[0]}"):
                 name, url = self.start(*options)
                 self.assertEqual(lab().run("client/client.py", "--url", url).returncode, 0)
                 self.assertEqual(lab().run("client/client_no_cert.py", "--url", url).returncode, 0)
                 began = time.monotonic()
-                self.docker("stop", name)
+                self.docker(*end, name)
+                self.assertEqual(self.docker("wait", name).stdout.strip(), "0")
                 self.assertLess(time.monotonic() - began, 9, "after 10 s the engine kills it")
                 log = self.docker("logs", name).stdout
                 for line in ("[SERVER] mTLS server listening on https://0.0.0.0:", "creating TODO", "Añadir",
                              "peer did not return a certificate", "[SERVER] Stopped."):
                     self.assertIn(line, log)
-                self.assertEqual(self.docker("inspect", "-f", "{{.State.ExitCode}}", name).stdout.strip(), "0")
 
     def test_certificates_mounted(self) -> None:
         """Certificates made later, mounted over those in the image, for the user who owns them."""
@@ -161,16 +155,9 @@ class TestImage(unittest.TestCase):
         self.assertEqual(renewed.run("client/client.py", "--url", url).returncode, 0)
         self.assertEqual(lab().run("client/client.py", "--url", url).returncode, 1)
 
-    def test_interrupt(self) -> None:
-        """Ctrl+C, which the engine delivers as SIGINT, ends it, too."""
-        name, _ = self.start()
-        self.docker("kill", "-s", str(int(signal.SIGINT)), name)
-        self.assertEqual(self.docker("wait", name).stdout.strip(), "0")
-
     def test_before_the_certificates(self) -> None:
         """Building without certificates fails, and docker's output says what to run first."""
-        project = self.with_docker_files(Lab("no certificates"))
-        result = self.docker("build", "-f", project / "Dockerfile", "-t", self.tag + "-none", project, check=False)
+        result = self.build(Lab("no certificates"), self.tag + "-none", check=False)
         self.assertNotEqual(result.returncode, 0)
         if engine() == "docker":   # podman does not show the lines around the one that failed
             self.assertIn("bash certs/gen_certs.sh", result.stdout)

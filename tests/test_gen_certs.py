@@ -1,13 +1,15 @@
-"""certs/gen_certs.sh: what it makes and says, and that it loses nothing whatever happens to it."""
+"""certs/gen_certs.sh: what it makes and says, what the certificates are good for, and that nothing is lost."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import re
 import shlex
 import shutil
 import signal
+import ssl
 import stat
 import subprocess
 import sys
@@ -18,6 +20,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from tests import load_tests  # noqa: F401
 from tests.support import (
     PATIENCE,
     ROOT,
@@ -35,6 +38,8 @@ from tests.support import (
 SOURCES = ["ca.cnf", "client.cnf", "gen_certs.sh", "server.cnf"]
 MADE = ["ca.crt", "ca.key", "ca.srl", "client.crt", "client.csr", "client.key", "client.pfx",
         "server.crt", "server.csr", "server.key"]
+KINDS = ("crt", "csr", "key", "pfx")
+PASSWORD = "it's \"from\" $HOME & 100% `env`; \\n ñ"
 
 # The description's commands, and a check of the PFX, each with the step that is announced before it.
 # Of pkcs12 only the beginning: the rest chooses ciphers.
@@ -59,12 +64,21 @@ COMMANDS = [
 DECISIVE = len(COMMANDS)
 """The last call of openssl before the new set is moved into place, with MTLS_PFX_PASSWORD set."""
 
-# What a watched openssl can do at one of its calls (sh).
+# What a watched openssl or a meddling tool can do (sh). The script is its parent.
 FAILS = 'i=0; while [ $i -lt 150 ]; do i=$((i + 1)); echo "out $i"; echo "err $i" >&2; done; exit 1'
 CHATTER = [f"{stream} {number}" for number in range(1, 151) for stream in ("out", "err")]
 CTRL_C = "kill -s INT 0"   # as a terminal does: to the whole process group
-KILL_SCRIPT = 'kill -s KILL "$SCRIPT_PID"'
+KILL_SCRIPT = "kill -s KILL $PPID"
 HOLD = 'while [ -e "$WATCH/hold" ]; do sleep 0.02; done'
+
+# Signals that the tests' own caller ignores (nohup, &) would be ignored by the script as well. And Python ignores
+# SIGXFSZ, and so does what it becomes: where a limit is set, writing fails as on a full disk.
+START = """import os, resource, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+if sys.argv[1]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execvp(sys.argv[2], sys.argv[2:])"""
 
 
 # --- Runs under observation ----------------------------------------------------------------
@@ -124,9 +138,8 @@ def ready_set() -> Path:
 def path_without(*names: str) -> str:
     """A PATH with the commands that a script may use, the watched openssl among them, but without these."""
     folder = new_folder("commands")
-    for command in ("awk", "basename", "bash", "cat", "chmod", "cmp", "cp", "cut", "date", "dirname", "env", "flock",
-                    "grep", "head", "id", "ln", "ls", "mkdir", "mktemp", "mv", "openssl", "perl", "readlink", "rm",
-                    "rmdir", "sed", "sh", "sleep", "sort", "tail", "touch", "tr", "uname", "wc"):
+    for command in ("bash", "cat", "chmod", "cp", "dirname", "env", "flock",
+                    "grep", "head", "ls", "mkdir", "mktemp", "mv", "openssl", "perl", "rm", "sed", "sh", "sleep", "tr"):
         found = shutil.which(command, path=watched_path())
         if found and command not in names:
             (folder / command).symlink_to(found)
@@ -162,34 +175,30 @@ def watch(at: int = 0, action: str = ":", variables: Mapping[str, str] | None = 
 class Run:
     """A run of gen_certs.sh without a terminal, at umask 022, in a process group of its own.
 
-    ``at``, ``action``, ``fast``: see `watched_path`; ``armed``: see `meddling`; ``hold``: for HOLD;
-    no file can grow beyond ``limit``.
+    ``at``, ``action``, ``fast``: see `watched_path`; ``armed``: see `meddling`; ``hold``: for HOLD; no file can
+    grow beyond ``limit``; ``command``: how the script is called. More ``options`` are for Popen.
     """
 
     def __init__(self, of: Lab, *arguments: str, at: int = 0, action: str = ":", fast: bool = False,
-                 armed: bool = False, hold: bool = False, limit: int | None = None, stdout: int | None = None,
-                 command: str | None = None, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
+                 armed: bool = False, hold: bool = False, limit: int | str = "", command: tuple[str, ...] = (),
+                 env: Mapping[str, str] | None = None, **options: Any) -> None:
         self.folder, variables = watch(at, action, env, fast)
-        if armed:
-            (self.folder / "armed").touch()
-        if hold:
-            (self.folder / "hold").touch()
-        start = ["sh", "-c", 'umask 022; SCRIPT_PID=$$; export SCRIPT_PID; exec "$@"', "sh"]
-        if limit is not None:   # Python ignores SIGXFSZ, and so does what it becomes: writing fails as on a full disk
-            start += [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, "
-                      f"({limit}, {limit})); os.execvp(sys.argv[1], sys.argv[1:])"]
+        for flag in ("armed",) * armed + ("hold",) * hold:
+            (self.folder / flag).touch()
         with open(self.folder / "stdout", "wb") as out, open(self.folder / "stderr", "wb") as err:
             self.process = subprocess.Popen(
-                [*start, "bash", command or str(of.certs / "gen_certs.sh"), *arguments],
-                cwd=cwd or scratch(), env=environment(variables), stdin=subprocess.DEVNULL,
-                stdout=out if stdout is None else stdout, stderr=err, start_new_session=True)
+                [sys.executable, "-ISc", START, str(limit), *(command or ("bash", str(of.certs / "gen_certs.sh"))),
+                 *arguments], env=environment(variables), umask=0o022, start_new_session=True,
+                **{"cwd": scratch(), "stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **options})
 
     def wait(self) -> Run:
-        """Until it ends."""
+        """Until it ends: then ``code`` (negative: the signal that ended it), ``stdout`` and ``stderr`` are known."""
         try:
-            self.process.wait(PATIENCE)
+            self.code = self.process.wait(PATIENCE)
         finally:
             self.end()
+        self.stdout, self.stderr = ((self.folder / name).read_text(encoding="utf-8", errors="replace")
+                                    for name in ("stdout", "stderr"))
         return self
 
     def end(self) -> None:
@@ -198,37 +207,13 @@ class Run:
             os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
 
-    def reached(self, number: int) -> bool:
-        """Whether it is at this call of openssl."""
-        return len(self.calls) == number
-
     def release(self) -> None:
         """Let a held openssl go on."""
         (self.folder / "hold").unlink(missing_ok=True)
 
-    @property
-    def code(self) -> int:
-        """Its exit code; negative: the signal that ended it."""
-        return self.process.returncode
-
-    @property
-    def stdout(self) -> str:
-        """What it has printed."""
-        return (self.folder / "stdout").read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def stderr(self) -> str:
-        """What it has complained about."""
-        return (self.folder / "stderr").read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def calls(self) -> list[tuple[str, str]]:
-        """The calls of openssl: what the script had printed last, and the arguments."""
-        return calls(self.folder)
-
 
 def calls(folder: Path) -> list[tuple[str, str]]:
-    """The calls that the watched openssl has noted in this folder."""
+    """The calls that the watched openssl has noted in a run's folder: what was printed last, and the arguments."""
     if not (folder / "calls").exists():
         return []
     lines = (folder / "calls").read_text(encoding="utf-8").splitlines()
@@ -242,6 +227,22 @@ def eventually(holds: Callable[[], object], what: str) -> None:
         if time.monotonic() > deadline:
             raise AssertionError(f"waited in vain until {what}")
         time.sleep(0.01)
+
+
+@once
+def first_run() -> tuple[Lab, Run]:
+    """A lab with a first set and alice's certificate, both with PASSWORD, and the set's run. Do not change its files.
+
+    Before the move the run has listed the temporary folder. The PFX was there already, with the mode that the umask
+    leaves, because a file that exists keeps its mode.
+    """
+    lab()   # has the keys prepared
+    made = Lab("first")
+    run = Run(made, env={"PREPARED_SET": "first", "MTLS_PFX_PASSWORD": PASSWORD},
+              action='case "$1 $2" in "pkcs12 -export") : >certs/client.pfx ;;'
+                     ' "verify -x509_strict") ls -la . certs >"$WATCH/listing" ;; esac').wait()
+    made.generate("client", "alice", MTLS_PFX_PASSWORD=PASSWORD)
+    return made, run
 
 
 def with_set() -> Lab:
@@ -259,11 +260,23 @@ def contents(of: Lab) -> dict[str, tuple[str, bytes]]:
             for path in of.certs.rglob("*")}
 
 
+def pkcs12(pfx: Path, password: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """``openssl pkcs12`` on a PFX file."""
+    return subprocess.run(["openssl", "pkcs12", "-in", str(pfx), "-passin", "env:PASSWORD", *arguments],
+                          env=environment({"PASSWORD": password}), stdin=subprocess.DEVNULL, capture_output=True,
+                          text=True, check=False)
+
+
 def opens(pfx: Path, password: str) -> bool:
     """Whether the password opens the PFX."""
-    return subprocess.run(["openssl", "pkcs12", "-in", str(pfx), "-noout", "-passin", "env:PASSWORD"],
-                          env=environment({"PASSWORD": password}), stdin=subprocess.DEVNULL, capture_output=True,
-                          check=False).returncode == 0
+    return pkcs12(pfx, password, "-noout").returncode == 0
+
+
+def verify(*arguments: str | Path) -> str:
+    """``openssl verify``: "OK", or why not."""
+    result = subprocess.run(["openssl", "verify", *map(str, arguments)], env=environment(), stdin=subprocess.DEVNULL,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return "OK" if result.returncode == 0 and result.stdout.rstrip().endswith(": OK") else result.stdout
 
 
 def verifies(of: Lab, *names: str) -> bool:
@@ -271,18 +284,14 @@ def verifies(of: Lab, *names: str) -> bool:
     for name in names:
         try:
             of.context(name)
-            openssl("verify", "-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt")
-        except (AssertionError, OSError):
+        except OSError:
             return False
-    return True
+    return all(verify("-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt") == "OK" for name in names)
 
 
-def setUpModule() -> None:
-    """Signals that the tests' own caller ignores (nohup, &) would be ignored by the script as well."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-            unittest.addModuleCleanup(signal.signal, number, signal.SIG_IGN)
+def serial(certificate: Path) -> int:
+    """Its serial number."""
+    return int(openssl("x509", "-noout", "-serial", "-in", certificate).partition("=")[2], 16)
 
 
 class GenCertsCase(unittest.TestCase):
@@ -303,6 +312,21 @@ class GenCertsCase(unittest.TestCase):
         self.assertEqual(others, set(), "files beside the set that were added, removed or changed")
         self.assertTrue(verifies(of, "server", "client"), "the new set does not verify")
 
+    def assert_only_zoe_is_new(self, of: Lab, before: dict[str, tuple[str, bytes]]) -> None:
+        """All is as it was, but for zoe's files and the serial number."""
+        now = contents(of)
+        self.assertEqual({name for name in {*before, *now} if before.get(name) != now.get(name)},
+                         {"ca.srl", *(f"zoe.{kind}" for kind in KINDS)})
+
+    def assert_refused(self, says: str, of: Lab, *arguments: str, code: int = 1, **options: Any) -> Run:
+        """It ends with this code, says these lines (a pattern) and nothing else, and touches nothing."""
+        before = contents(of)
+        run = Run(of, *arguments, **options).wait()
+        self.assertEqual((run.code, run.stdout), (code, ""), run.stderr)
+        self.assertRegex(run.stderr, rf"\A{says}\n\Z")
+        self.assert_untouched(of, before)
+        return run
+
 
 # --- What it does --------------------------------------------------------------------------
 
@@ -310,10 +334,9 @@ class GenCertsCase(unittest.TestCase):
 class TheWholeSet(GenCertsCase):
     """bash certs/gen_certs.sh"""
 
-    def test_first_run(self) -> None:
+    def test_output(self) -> None:
         """It makes the set, prints the steps, two OK lines, what exists now and what to do next, and no chatter."""
-        fresh = Lab("fresh")
-        run = Run(fresh).wait()
+        made, run = first_run()
         self.assertEqual((run.code, run.stderr), (0, ""))
         until = r"valid until [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4} GMT"
         self.assertRegex(run.stdout, r"\A" + "\n".join([
@@ -323,34 +346,30 @@ class TheWholeSet(GenCertsCase):
             rf"  ca\.crt, ca\.key  .*; {until}", rf"  server\.crt, server\.key  .*localhost.*127\.0\.0\.1; {until}",
             rf"  client\.crt, client\.key  .*mtls-client; {until}", r"  client\.pfx  .*",
             r"Next: python3 server/server\.py", r""]) + r"\Z")
-        self.assertEqual(sorted(contents(fresh)), sorted(SOURCES + MADE))
-        self.assertTrue(verifies(fresh, "server", "client"))
+        self.assertEqual(sorted(contents(made)), sorted([*SOURCES, *MADE, *(f"alice.{kind}" for kind in KINDS)]))
+        self.assertTrue(verifies(made, "server", "client"))
         for name in ("ca", "server", "client"):
             with self.subTest(f"the end of {name}.crt's validity is shown"):
-                end = openssl("x509", "-noout", "-enddate", "-in", fresh.certs / f"{name}.crt")
+                end = openssl("x509", "-noout", "-enddate", "-in", made.certs / f"{name}.crt")
                 self.assertRegex(run.stdout, rf"(?m)^  {name}\.crt.*; valid until {end.partition('=')[2]}")
 
     def test_commands(self) -> None:
         """It runs the description's commands in their order, and announces each step before its first command."""
-        run = Run(Lab("commands")).wait()
-        for number, ((step, command), (announced, wanted)) in enumerate(zip(run.calls, COMMANDS, strict=False), 1):
+        noted = calls(first_run()[1].folder)
+        self.assertGreaterEqual(len(noted), len(COMMANDS))
+        for number, ((step, command), (announced, wanted)) in enumerate(zip(noted, COMMANDS, strict=False), 1):
             with self.subTest(f"call {number} should be: openssl {wanted}"):
                 self.assertTrue(step.startswith(announced), f"announced was {step!r}, not {announced}")
                 self.assertEqual(command[:len(wanted)] if wanted.startswith("pkcs12") else command, wanted)
-        self.assertGreaterEqual(len(run.calls), len(COMMANDS))
 
     def test_modes(self) -> None:
         """Keys and PFX are 0600, certificates 0644, also with an openssl that leaves it all to the umask."""
-        fresh = Lab("modes")
-        # A file that is there already keeps its mode: this PFX gets the one that the umask leaves.
-        run = Run(fresh, action='case "$1 $2" in "pkcs12 -export") : >certs/client.pfx ;;'
-                                ' "verify -x509_strict") ls -la . certs >"$WATCH/listing" ;; esac').wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
-        for name, (mode, _) in contents(fresh).items():
-            if name in MADE:
-                with self.subTest(f"the mode of certs/{name}"):
-                    private = name.endswith((".key", ".pfx", ".srl"))
-                    self.assertEqual(mode, "-rw-------" if private else "-rw-r--r--")
+        made, run = first_run()
+        now = contents(made)
+        for name in MADE:
+            with self.subTest(f"the mode of certs/{name}"):
+                private = name.endswith((".key", ".pfx", ".srl"))
+                self.assertEqual(now[name][0], "-rw-------" if private else "-rw-r--r--")
         modes = {line.split()[-1]: line[:10] for line in (run.folder / "listing").read_text().splitlines()
                  if line.startswith(("-", "d"))}
         for name in [*(name for name in MADE if name.endswith((".key", ".pfx"))), "."]:
@@ -360,9 +379,7 @@ class TheWholeSet(GenCertsCase):
     def test_second_run_replaces_the_set(self) -> None:
         """It says that the CA is new, names the clients that it has not issued, and how to reissue them."""
         ready = with_set()
-        stranger = "stranger"   # a certificate that is not of this lab
-        for kind in ("crt", "key"):
-            shutil.copy2(ready.certs / f"mallory.{kind}", ready.certs / f"{stranger}.{kind}")
+        shutil.copy2(ready.certs / "mallory.key", ready.certs / "stranger.key")   # which is not of this lab
         openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
                 "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")
         before = contents(ready)
@@ -377,13 +394,289 @@ class TheWholeSet(GenCertsCase):
         with self.subTest("the command that it names reissues the certificate"):
             command = news[1].partition("reissue it: ")[2]
             self.assertEqual(command, "bash certs/gen_certs.sh client mallory")
-            again = Run(ready, *command.split()[2:], command="certs/gen_certs.sh", cwd=ready.root).wait()
+            again = Run(ready, command=tuple(command.split()), cwd=ready.root).wait()
             self.assertEqual((again.code, again.stderr), (0, ""))
             self.assertTrue(verifies(ready, "mallory", "client", "server"))
         with self.subTest("a certificate that is not of this lab is not reissued"):
-            again = Run(ready, "client", stranger).wait()
-            self.assertEqual(again.code, 1)
-            self.assertIn("exists", again.stderr)
+            self.assert_refused("gen_certs.sh: 'stranger' exists; .*", ready, "client", "stranger")
+
+
+class OneMoreClient(GenCertsCase):
+    """bash certs/gen_certs.sh client NAME"""
+
+    def test_new_client(self) -> None:
+        """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
+        ready = with_set()
+        before = contents(ready)
+        run = Run(ready, "client", "zoe").wait()
+        self.assertEqual((run.code, run.stderr), (0, ""))
+        self.assertRegex(run.stdout, r"\A\[1/2\] zoe: key, CSR and certificate\n\[2/2\] zoe: PFX\n"
+                                     r"certs/zoe\.crt: OK\n\n"
+                                     r"Made certs/zoe\.crt, \.key, \.csr and \.pfx, CN zoe, valid until .* GMT\.\n"
+                                     r"Next: python3 server/server\.py --allow-cn mtls-client zoe\n"
+                                     r"then: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
+        now = contents(ready)
+        self.assertEqual({name: mode for name, (mode, _) in now.items() if name not in before},
+                         {"zoe.key": "-rw-------", "zoe.pfx": "-rw-------", "zoe.crt": "-rw-r--r--",
+                          "zoe.csr": "-rw-r--r--"})
+        self.assert_only_zoe_is_new(ready, before)
+        self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
+        for _, arguments in calls(run.folder):
+            self.assertNotIn("-subj", arguments, "LibreSSL would ignore it and issue a second mtls-client")
+        self.assertEqual([step for step, arguments in calls(run.folder) if arguments.startswith(("genrsa", "pkcs12"))],
+                         ["[1/2] zoe: key, CSR and certificate", "[2/2] zoe: PFX"])
+
+    def test_good_names(self) -> None:
+        """Letters, digits, '.', '_' and '-' make a NAME, up to 64 of them; serial numbers are counted."""
+        ready = with_set()
+        expected = int((ready.certs / "ca.srl").read_text(), 16)
+        for name in ("a", "_", "9.b_C-", "ca.old", "x" * 64):
+            with self.subTest(f"a client called {name}"):
+                run = Run(ready, "client", name).wait()
+                self.assertEqual((run.code, run.stderr), (0, ""))
+                shown = openssl("x509", "-noout", "-subject", "-in", ready.certs / f"{name}.crt")
+                self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
+                expected += 1
+                self.assertEqual(serial(ready.certs / f"{name}.crt"), expected)
+                self.assertTrue(verifies(ready, name))
+        with self.subTest("without ca.srl the count starts anew, from a random number"):
+            (ready.certs / "ca.srl").unlink()
+            self.assertEqual(Run(ready, "client", "zoe").wait().code, 0)
+            self.assertGreaterEqual(serial(ready.certs / "zoe.crt").bit_length(), 64)
+            self.assertNotEqual(serial(ready.certs / "zoe.crt"), expected + 1)
+
+    def test_existing_files(self) -> None:
+        """A NAME of which any file exists is refused, with the way out, which works in every shell."""
+        ready = with_set()
+        for kind in KINDS:
+            with self.subTest(f"zoe.{kind} exists"):
+                (ready.certs / f"zoe.{kind}").write_text("precious")
+                self.assert_refused(f"gen_certs.sh: 'zoe' exists; .*: rm certs/zoe.{kind}", ready, "client", "zoe")
+                (ready.certs / f"zoe.{kind}").unlink()
+        for shell in ("sh", "bash", "zsh"):
+            if not shutil.which(shell):
+                continue
+            with self.subTest(f"a client of the present CA is not reissued, until {shell} removes it as proposed"):
+                (ready.certs / "mallory.two.key").write_text("another client's")
+                before = contents(ready)
+                run = self.assert_refused("gen_certs.sh: 'mallory' exists; .*: rm .*", ready, "client", "mallory")
+                subprocess.run([shell, "-c", run.stderr.strip().rpartition(": ")[2]], cwd=ready.root, check=True)
+                self.assertEqual({*before} - {*contents(ready)}, {f"mallory.{kind}" for kind in KINDS})
+                self.assertEqual(Run(ready, "client", "mallory").wait().code, 0)
+
+
+class Refusals(GenCertsCase):
+    """What it does not take on: one line says what is wrong and what to do, and nothing is touched."""
+
+    def test_help(self) -> None:
+        """--help explains all uses, even without openssl."""
+        fresh = Lab("help")
+        for argument in ("--help", "-h"):
+            with self.subTest(f"gen_certs.sh {argument}"):
+                run = Run(fresh, argument, env={"PATH": path_without("openssl")}).wait()
+                self.assertEqual((run.code, run.stderr), (0, ""))
+                for wanted in ("usage: bash certs/gen_certs.sh ", "bash certs/gen_certs.sh client NAME", "--help",
+                               "MTLS_PFX_PASSWORD"):
+                    self.assertIn(wanted, run.stdout)
+
+    def test_arguments(self) -> None:
+        """Anything else than the documented forms: exit 2 with the usage."""
+        ready = with_set()
+        for arguments in (("banana",), ("--version",), ("",), ("client",), ("client", "a", "b"), ("client", "", "b"),
+                          ("zoe", "client"), ("--help", "client"), ("client:foo", ""), ("client:", ""),
+                          ("client:foo", "bar"), ("client", "zoe", ""), ("-h:",), ("--help", ""), ("", ""),
+                          ("", "zoe"), ("Client", "zoe"), (":",), ("2:client",)):
+            with self.subTest(f"gen_certs.sh {shlex.join(arguments)}"):
+                says = f"gen_certs.sh: cannot use these arguments: {re.escape(' '.join(arguments))}"
+                self.assert_refused("usage: bash certs/gen_certs.sh (?s:.*)\n" + says, ready, *arguments, code=2)
+
+    def test_names(self) -> None:
+        """A NAME that could be something else than a file's name and a common name."""
+        ready = with_set()
+        taken = "is of the whole set; choose another NAME"
+        unusable = r"is not a valid NAME: letters, digits, '\.', '_' and '-', beginning with .*"
+        for names, reason in ((("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño", "ñ", "*",
+                                "$(id)", "a,CN=b", "a/CN=b", "a=b", "a:b"), unusable),
+                              (("ca", "server", "client", "CA", "Server", "CLIENT"), taken)):
+            for name in names:
+                for locale in ("C", "C.UTF-8") if not name.isascii() else ("C",):
+                    with self.subTest(f"a client called {name!r} (LC_ALL={locale})"):
+                        self.assert_refused(f"gen_certs.sh: '{re.escape(name)}' {reason}", ready, "client", name,
+                                            code=2, env={"LC_ALL": locale})
+        self.assert_refused("gen_certs.sh: .* at most 64 .*", ready, "client", "x" * 65, code=2)
+
+    def test_what_is_missing(self) -> None:
+        """A command, a configuration, or the CA; a folder in the way of a file."""
+        both, zoe, mallory = ((), ("client", "zoe")), (("client", "zoe"),), (("client", "mallory"),)
+        no_ca = "there is no CA yet; make it first: bash certs/gen_certs.sh"
+        gone = "certs/{} is missing; bring it back, or begin anew with another CA: bash certs/gen_certs.sh"
+        folder = r"certs/{0} is a folder \(Docker .*\); remove it: rmdir certs/{0}"
+        cases: list[tuple[tuple[tuple[str, ...], ...], str, dict[str, Any], list[str], list[str]]] = [
+            (both, r"the openssl command is missing; .* 1\.1\.1\+ .* 3\.3\+", {"env": {"PATH": path_without("openssl")}},
+             [], []),
+            (both, "the openssl command does not run; .*", {"at": 1, "action": FAILS.replace(">&2", "")}, [], []),
+            (both, "neither flock nor perl .*", {"env": {"PATH": path_without("flock", "perl")}}, [], []),
+            *((both, rf"{re.escape(version)} is too old; .*", {"at": 1, "action": f'echo "{version}"; exit'}, [], [])
+              for version in ("OpenSSL 0.9.8zh 14 Jan 2016", "OpenSSL 1.0.2k-fips  26 Jan 2017", "OpenSSL 1.1.0l  10 Sep 2019", "LibreSSL 2.8.3", "LibreSSL 3.2.0")),
+            # Those that are accepted go on to the next check, for a file that exists.
+            *((mallory, "'mallory' exists; .*", {"at": 1, "action": f'echo "{version}"; exit'}, [], [])
+              for version in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.0.19 27 Jan 2026", "OpenSSL 3.5.0 8 Apr 2025",
+                              "LibreSSL 3.3.6", "LibreSSL 4.0.0")),
+            *((both, rf"certs/{name} is missing; restore it, for example with: git checkout certs/{name}", {}, [name], [])
+              for name in ("ca.cnf", "server.cnf", "client.cnf")),
+            (zoe, no_ca, {}, ["ca.crt", "ca.key"], []),
+            *((zoe, gone.format(name), {}, [name], []) for name in ("ca.crt", "ca.key")),
+            *((both, folder.format(name), {}, [name], [name]) for name in ("ca.srl", "ca.key")),
+            (((),), folder.format("client.key"), {}, ["client.key"], ["client.key"]),
+            (zoe, folder.format("zoe.pfx"), {}, [], ["zoe.pfx"]),
+        ]
+        for uses, says, options, removed, folders in cases:
+            ready = with_set()
+            for name in removed:
+                (ready.certs / name).unlink()
+            for name in folders:
+                (ready.certs / name).mkdir()
+            for arguments in uses:
+                with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {says}"):
+                    self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments, **options)
+        with self.subTest("without a CN in client.cnf there is no place for NAME: no second mtls-client is issued"):
+            ready = with_set()
+            settings = ready.certs / "client.cnf"
+            settings.write_text(settings.read_text().replace("CN =", "commonName ="))
+            self.assert_refused(r"gen_certs.sh: certs/client\.cnf has no line 'CN = .*", ready, "client", "zoe")
+
+    def test_what_belongs_to_others(self) -> None:
+        """What cannot be read, or replaced: it says whose it is."""
+        # Root may do everything, so root lets nobody do it, in a folder that nobody can reach.
+        place = Path(tempfile.mkdtemp(prefix="mtls lab tests "))
+        self.addCleanup(shutil.rmtree, place)
+        place.chmod(0o755)
+        ready = with_set()
+        shutil.copytree(ready.certs, place / "certs")
+        certs = ready.certs = place / "certs"
+        nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        owner = certs.owner()
+        everything = {".": 0o777, **{file.name: 0o666 for file in certs.iterdir()}}
+        for arguments, modes, says in (
+            ((), {".": 0o555}, f"write in {certs.resolve()}: it is {owner}'s, dr-x"),
+            ((), {"gen_certs.sh": 0o444}, f"write {certs.resolve()}/gen_certs.sh: it is {owner}'s, -r--"),
+            ((), {"ca.cnf": 0}, f"read {certs.resolve()}/ca.cnf: it is {owner}'s, ----"),
+            (("client", "zoe"), {"ca.key": 0}, f"read {certs.resolve()}/ca.key: it is {owner}'s, ----"),
+            (("client", "zoe"), {"ca.srl": 0}, f"read {certs.resolve()}/ca.srl: it is {owner}'s, ----"),
+        ):
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with {modes}"):
+                for name, mode in {**everything, **modes}.items():
+                    (certs / name).chmod(mode)
+                before = {file.name: (file.stat().st_mode, file.stat().st_mtime_ns) for file in certs.iterdir()}
+                result = subprocess.run(["bash", str(certs / "gen_certs.sh"), *arguments], cwd="/", env=environment(),
+                                        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **nobody)
+                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {re.escape(says)}.*; use chown or chmod\n\Z")
+                self.assertEqual({file.name: (file.stat().st_mode, file.stat().st_mtime_ns) for file in certs.iterdir()}, before)
+        certs.chmod(0o755)
+
+
+class Surroundings(GenCertsCase):
+    """Where it is called from, by which shell, and what that shell has inherited."""
+
+    def test_any_folder(self) -> None:
+        """All files land beside the script, wherever it is called from and whatever its path looks like."""
+        odd = with_set()
+        new = odd.root.parent / "it's \"odd\" $HOME [a-z] * ñ"
+        odd.root.rename(new)
+        odd.root, odd.certs = new, new / "certs"
+        link = new_folder("links") / "link to the lab"
+        link.symlink_to(new)
+        for number, (how, command, cwd, env) in enumerate((
+            ("from its own folder", "gen_certs.sh", odd.certs, {}),
+            ("from below", "../certs/gen_certs.sh", odd.root / "server", {}),
+            ("through a link", f"{link.name}/certs/gen_certs.sh", link.parent, {}),
+            ("by its whole path, without a usable TMPDIR", str(odd.certs / "gen_certs.sh"), scratch(),
+             {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
+        )):
+            with self.subTest(f"called {how}"):
+                before = contents(odd)
+                run = Run(odd, "client", f"c{number}", command=("bash", command), cwd=cwd, env=env, fast=True).wait()
+                self.assertEqual((run.code, run.stderr), (0, ""))
+                self.assertEqual({*contents(odd)} - {*before}, {f"c{number}.{kind}" for kind in KINDS})
+
+    def test_inherited(self) -> None:
+        """Nothing that bash takes from the environment spoils a run, or lets it print its secret."""
+        decoy = new_folder("decoy")
+        (decoy / "certs").mkdir()
+        settings = decoy / "settings"
+        settings.write_text("set -f -C; rm() { :; }; alias mv=false; shopt -s expand_aliases nullglob\n")
+        ready = with_set()
+        for env in ({"SHELLOPTS": "noglob"}, {"SHELLOPTS": "noclobber:allexport:keyword"}, {"SHELLOPTS": "xtrace:verbose"},
+                    {"BASHOPTS": "failglob:nullglob:dotglob:nocasematch:nocaseglob"}, {"POSIXLY_CORRECT": "1"},
+                    {"GLOBIGNORE": "*.crt:*.key"}, {"CDPATH": str(decoy)}, {"BASH_ENV": str(settings)}, {"IFS": "c/."},
+                    {f"BASH_FUNC_{name}%%": "() { :; }" for name in ("cd", "mv", "rm", "cp", "openssl", "printf", "[")}):
+            with self.subTest(f"with {env}"):
+                before = contents(ready)
+                run = Run(ready, command=("bash", "certs/gen_certs.sh"), cwd=ready.root, fast=True, env={
+                    "MTLS_PFX_PASSWORD": "", **env}, action='[ "$1" != rand ] || { echo s3cret >"$4"; exit; }').wait()
+                self.assertEqual(run.code, 0, run.stderr)
+                self.assert_replaced(ready, before)
+                self.assertIn("(shown only now): s3cret\n", run.stdout)
+                self.assertNotIn("s3cret", run.stderr)
+                self.assertEqual(list((decoy / "certs").iterdir()), [])
+                for name in MADE:   # the former set, for the next
+                    shutil.copy2(lab().certs / name, ready.certs / name)
+
+    def test_other_shells(self) -> None:
+        """Where sh is a bash it works; any other shell is told what is needed."""
+        ready = with_set()
+        sh = new_folder("sh") / "sh"
+        sh.symlink_to(shutil.which("bash") or "")
+        run = Run(ready, "client", "zoe", command=(str(sh), str(ready.certs / "gen_certs.sh")), fast=True).wait()
+        self.assertEqual((run.code, run.stderr), (0, ""))
+        for shell in (("dash",), ("zsh",), ("busybox", "sh"), ("ksh",)):
+            if shutil.which(shell[0]):
+                with self.subTest(f"called by {shell[0]}"):
+                    self.assert_refused("gen_certs.sh: needs bash; run it with: bash certs/gen_certs.sh", ready,
+                                        command=(*shell, str(ready.certs / "gen_certs.sh")))
+
+
+class Repository(GenCertsCase):
+    """What git makes of the project's folders."""
+
+    def repository(self, *patterns: str) -> Path:
+        """A new repository with these of the project's files."""
+        root = new_folder("repository")
+        for pattern in patterns:
+            for file in ROOT.glob(pattern):
+                (root / file.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+                shutil.copy(file, root / file.relative_to(ROOT))
+        self.git(root, "init", "-q")
+        return root
+
+    def git(self, root: Path, *arguments: str) -> list[str]:
+        """The lines that git prints, undisturbed by the developer's own settings."""
+        return subprocess.run(["git", *arguments], cwd=root, text=True, capture_output=True, check=True,
+                              env=environment({"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1",
+                                               "GIT_DIR": None, "GIT_WORK_TREE": None})).stdout.splitlines()
+
+    @unittest.skipUnless(shutil.which("git"), "git is not on this machine")
+    def test_nothing_made_gets_in(self) -> None:
+        """`git add` takes nothing that the script makes, nor what a killed run leaves."""
+        made = Lab("repository")
+        made.root = self.repository(".gitignore", "certs/*.sh", "certs/*.cnf")
+        made.certs = made.root / "certs"
+        for arguments, at, code in (((), 0, 0), (("client", "zoe"), 0, 0), ((), DECISIVE, -signal.SIGKILL)):
+            self.assertEqual(Run(made, *arguments, at=at, action="kill -s KILL 0" if at else ":").wait().code, code)
+        self.assertEqual(len(list(made.certs.glob(".new.*/certs/*.key"))), 3)
+        self.git(made.root, "add", "--all")
+        self.assertEqual(self.git(made.root, "ls-files"), [".gitignore", *(f"certs/{name}" for name in SOURCES)])
+
+    @unittest.skipUnless(shutil.which("git"), "git is not on this machine")
+    def test_line_ends(self) -> None:
+        """A checkout of Git for Windows has LF in every folder, as bash, and what runs in WSL, need it."""
+        root = self.repository("README.md", *(f"{folder}/{pattern}" for folder in ("certs", "server", "client", "tests")
+                                              for pattern in (".gitattributes", "*.py", "*.sh", "*.cnf")))
+        self.git(root, "-c", "core.autocrlf=true", "add", "--all")
+        self.git(root, "-c", "core.autocrlf=true", "checkout-index", "--all", "--prefix=windows/")
+        crlf = [file.name for file in (root / "windows").rglob("*") if file.is_file() and b"\r\n" in file.read_bytes()]
+        self.assertEqual(crlf, ["README.md"], "of which we promise nothing")
 
 
 class Password(GenCertsCase):
@@ -396,57 +689,50 @@ class Password(GenCertsCase):
         for _, arguments in noted:
             self.assertNotIn(password, arguments)
 
-    def typed(self, of: Lab, first: str, second: str, *arguments: str) -> tuple[int, str, Path]:
-        """Run it under a terminal and type these passwords: exit code, what was to be seen, and the calls' folder."""
-        folder, env = watch(variables={"MTLS_PFX_PASSWORD": ""})
-        code, shown = in_terminal(["bash", str(of.certs / "gen_certs.sh"), *arguments],
-                                  [("Enter Export Password:", first), ("Verifying - Enter Export Password:", second)],
-                                  env=env)
-        return code, shown, folder
-
     def test_asked_for_on_a_terminal(self) -> None:
-        """On a terminal openssl asks for it, twice; MTLS_PFX_PASSWORD being empty is as if it were not there."""
+        """openssl asks for it, twice, and again after a slip; MTLS_PFX_PASSWORD being empty is as if it were unset."""
+        first, second = "Enter Export Password:", "Verifying - Enter Export Password:"
+        differ, empty = "gen_certs.sh: the two passwords were not the same\n", "gen_certs.sh: the password must not be empty\n"
         ready = with_set()
-        for arguments, pfx in (((), "client.pfx"), (("client", "zoe"), "zoe.pfx")):
-            with self.subTest(f"the password of {pfx}"):
-                code, shown, folder = self.typed(ready, "typed $ecret\n", "typed $ecret\n", *arguments)
-                self.assertEqual(code, 0, shown)
-                self.assertTrue(opens(ready.certs / pfx, "typed $ecret"))
-                self.assertFalse(opens(ready.certs / pfx, ""))
+        for number, (name, typed, complaints) in enumerate((
+            ("", "typed $ecret,typed $ecret", ""), ("a", "typed $ecret,typed $ecret", ""),
+            ("b", "typed one,typed two,typed $ecret,typed $ecret", differ),
+            ("c", ",,typed $ecret,typed $ecret", empty),
+            ("d", ",,typed one,typed two,typed $ecret,typed $ecret", empty + differ),
+            ("", "typed one,typed two,,,typed one,", differ + empty + differ), ("e", ",,,,,", empty * 3),
+        )):
+            with self.subTest(f"gen_certs.sh {name and 'client ' + name}: typed is {typed!r}"):
+                before = contents(ready)
+                folder, env = watch(variables={"MTLS_PFX_PASSWORD": ""})
+                answers = [((first, second)[at % 2], f"{text}\n") for at, text in enumerate(typed.split(","))]
+                command = ["bash", str(ready.certs / "gen_certs.sh"), *(("client", name) if name else ())]
+                code, shown = in_terminal(command, answers, env=env)
+                said = [line for line in shown.splitlines() if line.startswith("gen_certs.sh: ")]
                 self.assertNotIn("typed", shown)
+                self.assertNotIn("Can't read", shown, "what openssl says of it")
                 self.assertNotIn("shown only now", shown)
                 self.assert_secret(folder, "typed")
-
-    def test_wrong_confirmation(self) -> None:
-        """When the two passwords differ it ends, and nothing has changed."""
-        ready = with_set()
-        before = contents(ready)
-        for arguments in ((), ("client", "zoe")):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with two passwords that differ"):
-                code, shown, _ = self.typed(ready, "typed one\n", "typed two\n", *arguments)
-                self.assertEqual(code, 1, shown)
-                self.assertRegex(shown, r"gen_certs\.sh: failed at \[./.\] .*PFX; .* unchanged\n\Z")
-                self.assert_untouched(ready, before)
+                if typed.endswith("typed $ecret"):
+                    self.assertEqual((code, said), (0, complaints.splitlines()), shown)
+                    self.assertTrue(opens(ready.certs / f"{name or 'client'}.pfx", "typed $ecret"))
+                else:
+                    self.assertEqual((code, said[:-1]), (1, complaints.splitlines()), shown)
+                    self.assertRegex(said[-1], "^gen_certs.sh: no password after 3 attempts; .* unchanged$")
+                    self.assert_untouched(ready, before)
 
     def test_taken_from_the_variable(self) -> None:
         """MTLS_PFX_PASSWORD is used as it is, with and without a terminal, and not printed."""
-        password = "it's \"from\" $HOME & 100% `env`; \\n ñ"
         ready = with_set()
-        for name, terminal in (("client", False), ("zoe", True)):
-            with self.subTest(f"the password of {name}.pfx, {'with' if terminal else 'without'} a terminal"):
-                folder, env = watch(variables={"MTLS_PFX_PASSWORD": password})
-                command = ["bash", str(ready.certs / "gen_certs.sh"), *(["client", name] if name != "client" else [])]
-                if terminal:
-                    code, shown = in_terminal(command, env=env)
-                else:
-                    result = subprocess.run(command, env=environment(env), stdin=subprocess.DEVNULL, text=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-                    code, shown = result.returncode, result.stdout
-                self.assertEqual(code, 0, shown)
-                self.assertTrue(opens(ready.certs / f"{name}.pfx", password))
-                self.assertNotIn("from", shown)
-                self.assertNotIn("Password", shown)
-                self.assert_secret(folder, "from")
+        folder, env = watch(variables={"MTLS_PFX_PASSWORD": PASSWORD})
+        code, shown = in_terminal(["bash", str(ready.certs / "gen_certs.sh"), "client", "zoe"], env=env)
+        self.assertEqual(code, 0, shown)
+        made, run = first_run()
+        for pfx, output, noted in ((made.certs / "client.pfx", run.stdout, run.folder),
+                                   (ready.certs / "zoe.pfx", shown, folder)):
+            self.assertTrue(opens(pfx, PASSWORD))
+            self.assertNotIn("from", output)
+            self.assertNotIn("Password", output)
+            self.assert_secret(noted, "from")
 
     def test_made_up(self) -> None:
         """Without terminal and variable it makes up a password, a new one each time, and prints it once."""
@@ -462,294 +748,24 @@ class Password(GenCertsCase):
                 self.assertGreaterEqual(len(password), 20)
                 self.assertEqual(run.stdout.count(password), 1)
                 self.assertTrue(opens(ready.certs / f"{name}.pfx", password))
-                self.assertFalse(opens(ready.certs / f"{name}.pfx", ""))
                 self.assert_secret(run.folder, password)
                 seen.add(password)
         self.assertEqual(len(seen), 2, "the same password twice")
 
-
-class OpensslCommand(GenCertsCase):
-    """Which openssl it works with."""
-
-    def test_missing(self) -> None:
-        """Without openssl it says so in one line, and touches nothing."""
+    def test_git_bash(self) -> None:
+        """There it is made up, also on a terminal, and has no CR of a Windows openssl; python is called python."""
         ready = with_set()
-        before = contents(ready)
-        for arguments in ((), ("client", "zoe")):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}"):
-                run = Run(ready, *arguments, env={"PATH": path_without("openssl")}).wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, r"\Agen_certs\.sh: .*openssl.*missing.*1\.1\.1.*3\.3.*\n\Z")
-                self.assert_untouched(ready, before)
-
-    def test_versions(self) -> None:
-        """OpenSSL before 1.1.1 and LibreSSL before 3.3 are refused in one line, with nothing touched."""
-        ready = with_set()
-        before = contents(ready)
-        for version in ("OpenSSL 0.9.8zh 14 Jan 2016", "OpenSSL 1.0.2k-fips  26 Jan 2017",
-                        "OpenSSL 1.1.0l  10 Sep 2019", "LibreSSL 2.8.3", "LibreSSL 3.2.0"):
-            with self.subTest(f"{version} is refused"):
-                run = Run(ready, at=1, action=f'echo "{version}"; exit 0').wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, rf"\Agen_certs\.sh: {re.escape(version)} is too old; .*\n\Z")
-                self.assert_untouched(ready, before)
-        for version in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.0.19 27 Jan 2026", "OpenSSL 3.5.0 8 Apr 2025",
-                        "LibreSSL 3.3.6", "LibreSSL 4.0.0"):
-            with self.subTest(f"{version} is accepted"):
-                # This run goes on to the next check, for a file that exists.
-                run = Run(ready, "client", "mallory", at=1, action=f'echo "{version}"; exit 0').wait()
-                self.assertEqual(run.code, 1)
-                self.assertIn("certs/mallory.crt exists", run.stderr)
-
-
-class Places(GenCertsCase):
-    """Where it is called from, and what is around it."""
-
-    def test_any_folder(self) -> None:
-        """All files land beside the script, wherever it is called from and whatever its path looks like."""
-        odd = with_set()
-        new = odd.root.parent / "it's \"odd\" $HOME [a-z] * ñ"
-        odd.root.rename(new)
-        odd.root, odd.certs = new, new / "certs"
-        decoy = new_folder("decoy")
-        (decoy / "certs").mkdir()
-        (scratch() / "link to the lab").unlink(missing_ok=True)
-        (scratch() / "link to the lab").symlink_to(new)
-        for number, (how, command, cwd, env) in enumerate((
-            ("from its own folder", "gen_certs.sh", odd.certs, {}),
-            ("from below", "../certs/gen_certs.sh", odd.root / "server", {}),
-            ("through a link", "link to the lab/certs/gen_certs.sh", scratch(), {}),
-            ("with CDPATH set", "certs/gen_certs.sh", odd.root, {"CDPATH": str(decoy)}),
-            ("by its whole path, without a usable TMPDIR", str(odd.certs / "gen_certs.sh"), scratch(),
-             {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
-        )):
-            with self.subTest(f"called {how}"):
-                before = contents(odd)
-                run = Run(odd, "client", f"c{number}", command=command, cwd=cwd, env=env, fast=True).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                self.assertEqual({*contents(odd)} - {*before}, {f"c{number}.{kind}" for kind in
-                                                              ("crt", "csr", "key", "pfx")})
-                self.assertEqual(list((decoy / "certs").iterdir()), [])
-        with self.subTest("the whole set, with CDPATH and LC_ALL=C"):
-            before = contents(odd)
-            run = Run(odd, command="certs/gen_certs.sh", cwd=odd.root,
-                      env={"CDPATH": str(decoy), "LC_ALL": "C"}).wait()
-            self.assertEqual((run.code, run.stderr), (0, ""))
-            self.assert_replaced(odd, before)
-
-    def test_missing_configuration(self) -> None:
-        """Without one of the .cnf files it says which and how to get it back, and touches nothing."""
-        for name in ("ca.cnf", "server.cnf", "client.cnf"):
-            with self.subTest(f"{name} is missing"):
-                ready = with_set()
-                (ready.certs / name).unlink()
-                before = contents(ready)
-                run = Run(ready).wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, rf"\Agen_certs\.sh: certs/{name} is missing; restore it, .*\n\Z")
-                self.assert_untouched(ready, before)
-
-    def test_configuration_without_a_name(self) -> None:
-        """Without a CN in client.cnf there is no place for NAME: it says so instead of issuing another mtls-client."""
-        ready = with_set()
-        settings = ready.certs / "client.cnf"
-        settings.write_text(settings.read_text().replace("CN =", "commonName ="))
-        before = contents(ready)
-        run = Run(ready, "client", "zoe").wait()
-        self.assertEqual((run.code, run.stdout), (1, ""))
-        self.assertRegex(run.stderr, r"\Agen_certs\.sh: certs/client\.cnf .*CN = .*\n\Z")
-        self.assert_untouched(ready, before)
-
-    def test_folder_in_the_way(self) -> None:
-        """A folder of a file's name (Docker makes one for a mount that is not there) is named, and nothing moved."""
-        for name, arguments in (("client.key", ()), ("zoe.pfx", ("client", "zoe"))):
-            with self.subTest(f"certs/{name} is a folder"):
-                ready = with_set()
-                (ready.certs / name).unlink(missing_ok=True)
-                (ready.certs / name).mkdir()
-                before = contents(ready)
-                run = Run(ready, *arguments, fast=True).wait()
-                self.assertEqual(run.code, 1)
-                self.assertIn(f"gen_certs.sh: certs/{name} ", run.stderr)
-                self.assert_untouched(ready, before)
-
-    def test_folder_that_cannot_be_written(self) -> None:
-        """In a folder, or with a script, that is not ours to write in, it says so and touches nothing."""
-        # Root may write everywhere, so root lets nobody do it, in a folder that nobody can reach.
-        place = Path(tempfile.mkdtemp(prefix="mtls lab tests "))
-        self.addCleanup(shutil.rmtree, place)
-        place.chmod(0o755)
-        ready = with_set()
-        shutil.copytree(ready.certs, place / "certs")
-        certs = ready.certs = place / "certs"
-        before = contents(ready)
-        self.addCleanup(certs.chmod, 0o755)
-        nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-        for what, script, mode in (("the folder", 0o666, 0o555), ("the script", 0o444, 0o777),
-                                   ("either", 0o444, 0o555)):
-            with self.subTest(f"no right to write in {what}"):
-                (certs / "gen_certs.sh").chmod(script)
-                certs.chmod(mode)
-                now = contents(ready)
-                result = subprocess.run(["bash", str(certs / "gen_certs.sh")], cwd="/", env=environment(),
-                                        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-                                        **nobody)
-                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-                self.assertIn(f"gen_certs.sh: cannot write in {certs.resolve()}\n", result.stderr)
-                self.assertEqual(contents(ready), now)
-        self.assertEqual({name: data for name, (_, data) in contents(ready).items()},
-                         {name: data for name, (_, data) in before.items()})
-
-
-class Arguments(GenCertsCase):
-    """--help, and what it does not understand."""
-
-    def test_help(self) -> None:
-        """--help explains both uses, even without openssl."""
-        fresh = Lab("help")
-        before = contents(fresh)
-        for arguments in (("--help",), ("-h",), ("client", "--help"), ("client", "-h")):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}"):
-                run = Run(fresh, *arguments, env={"PATH": path_without("openssl")}).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                for wanted in ("usage: bash certs/gen_certs.sh ", "bash certs/gen_certs.sh client NAME",
-                               "MTLS_PFX_PASSWORD"):
-                    self.assertIn(wanted, run.stdout)
-                self.assert_untouched(fresh, before)
-
-    def test_senseless(self) -> None:
-        """Anything else: exit 2 with the usage on stderr; in no case does it replace the set."""
-        ready = with_set()
-        before = contents(ready)
-        for arguments, wanted in ((("banana",), "banana"), (("--version",), "--version"), (("",), "usage"),
-                                  (("client",), "needs a NAME"), (("client", ""), "needs a NAME"),
-                                  (("client", "a", "b"), "client a b"), (("client", "", "b"), "usage"),
-                                  (("zoe", "client"), "zoe client"), (("--help", "client"), "--help client")):
-            with self.subTest(f"gen_certs.sh {shlex.join(arguments)}"):
-                run = Run(ready, *arguments).wait()
-                self.assertEqual((run.code, run.stdout), (2, ""))
-                self.assertIn(wanted, run.stderr)
-                self.assertIn("bash certs/gen_certs.sh", run.stderr)
-                self.assert_untouched(ready, before)
-
-
-class OneMoreClient(GenCertsCase):
-    """bash certs/gen_certs.sh client NAME"""
-
-    def test_new_client(self) -> None:
-        """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
-        ready = with_set()
-        before = contents(ready)
-        run = Run(ready, "client", "zoe").wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
-        self.assertRegex(run.stdout, r"\A\[1/2\] zoe: key, CSR and certificate\n\[2/2\] zoe: PFX\n"
-                                     r"certs/zoe\.crt: OK\n\n"
-                                     r"Made certs/zoe\.crt, \.key, \.csr and \.pfx, CN zoe, valid until .* GMT\.\n"
-                                     r"Next: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
-        now = contents(ready)
-        self.assertEqual({name: mode for name, (mode, _) in now.items() if name not in before},
-                         {"zoe.key": "-rw-------", "zoe.pfx": "-rw-------", "zoe.crt": "-rw-r--r--",
-                          "zoe.csr": "-rw-r--r--"})
-        self.assertEqual([name for name in before if now[name] != before[name]], ["ca.srl"])
-        self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
-        for _, arguments in run.calls:
-            self.assertNotIn("-subj", arguments, "LibreSSL would ignore it and issue a second mtls-client")
-        self.assertEqual([step for step, arguments in run.calls if arguments.startswith(("genrsa", "pkcs12"))],
-                         ["[1/2] zoe: key, CSR and certificate", "[2/2] zoe: PFX"])
-
-    def test_good_names(self) -> None:
-        """Letters, digits, '.', '_' and '-' make a NAME, up to 64 of them; serial numbers are counted."""
-        ready = with_set()
-        expected = int((ready.certs / "ca.srl").read_text(), 16)
-        for name in ("a", "_", "9.b_C-", "ca.old", "x" * 64):
-            with self.subTest(f"a client called {name}"):
-                run = Run(ready, "client", name).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                shown = openssl("x509", "-noout", "-subject", "-serial", "-in", ready.certs / f"{name}.crt")
-                self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
-                expected += 1
-                self.assertEqual(int(shown.rpartition("serial=")[2], 16), expected)
-                self.assertTrue(verifies(ready, name))
-
-    def test_refused_names(self) -> None:
-        """Any other NAME is refused in one line, with nothing touched."""
-        ready = with_set()
-        before = contents(ready)
-        taken = "would overwrite the lab's own files; choose another NAME"
-        made = "made with the whole set: bash certs/gen_certs.sh"
-        unusable = "NAME: letters, digits, '.', '_' and '-', beginning with"
-        for name, reason in {"-x": unusable, ".hidden": unusable, "..": unusable, "../zoe": unusable, "a/b": unusable,
-                             "a b": unusable, "a\nb": unusable, "niño": unusable, "ñ": unusable, "*": unusable,
-                             "$(id)": unusable, "a,CN=b": unusable, "a/CN=b": unusable, "a=b": unusable,
-                             "x" * 65: "at most 64", "ca": taken, "server": taken, "client": made,
-                             "CA": taken, "Server": taken, "CLIENT": made}.items():
-            for locale in ("C", "C.UTF-8") if not name.isascii() else ("C",):
-                with self.subTest(f"a client called {name!r} (LC_ALL={locale})"):
-                    run = Run(ready, "client", name, env={"LC_ALL": locale}).wait()
-                    self.assertEqual((run.code, run.stdout), (1, ""))
-                    self.assertRegex(run.stderr, r"(?s)\Agen_certs\.sh: .*\n\Z")
-                    self.assertEqual(run.stderr.count("\n"), 1 + name.count("\n"))
-                    self.assertIn(reason, run.stderr)
-                    self.assert_untouched(ready, before)
-
-    def test_existing_files(self) -> None:
-        """A NAME of which any file exists is refused, with the way out, which works."""
-        ready = with_set()
-        for kind in ("crt", "csr", "key", "pfx"):
-            with self.subTest(f"zoe.{kind} exists"):
-                (ready.certs / f"zoe.{kind}").write_text("precious")
-                before = contents(ready)
-                run = Run(ready, "client", "zoe").wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, rf"\Agen_certs\.sh: certs/zoe\.{kind} exists; .*: rm .*\n\Z")
-                self.assert_untouched(ready, before)
-                (ready.certs / f"zoe.{kind}").unlink()
-        with self.subTest("a client of the present CA is not reissued, until its files are removed as proposed"):
-            before = contents(ready)
-            run = Run(ready, "client", "mallory").wait()
-            self.assertEqual(run.code, 1)
-            self.assert_untouched(ready, before)
-            (ready.certs / "mallory.two.key").write_text("another client's")
-            before = contents(ready)
-            remove = run.stderr.strip().rpartition(": ")[2]
-            self.assertTrue(remove.startswith("rm certs/mallory."), remove)
-            subprocess.run(["bash", "-c", remove], cwd=ready.root, check=True)
-            self.assertEqual({*before} - {*contents(ready)}, {f"mallory.{kind}" for kind in
-                                                             ("crt", "csr", "key", "pfx")})
-            self.assertEqual(Run(ready, "client", "mallory").wait().code, 0)
-
-    def test_no_authority(self) -> None:
-        """Without a CA, or with half of one, it says how to make it, and touches nothing."""
-        for gone in (("ca.crt", "ca.key"), ("ca.crt",), ("ca.key",)):
-            with self.subTest(f"without {' and '.join(gone)}"):
-                ready = with_set()
-                for name in gone:
-                    (ready.certs / name).unlink()
-                before = contents(ready)
-                run = Run(ready, "client", "zoe").wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, r"\Agen_certs\.sh: there is no CA yet; .*: bash certs/gen_certs\.sh\n\Z")
-                self.assert_untouched(ready, before)
-
-    def test_authority_that_does_not_fit(self) -> None:
-        """With another CA's key it shows what openssl says, and touches nothing."""
-        ready = with_set()
-        shutil.copy(ready.certs / "server.key", ready.certs / "ca.key")
-        before = contents(ready)
-        run = Run(ready, "client", "zoe").wait()
-        self.assertEqual(run.code, 1)
-        self.assertRegex(run.stderr, r"(?s)match.*gen_certs\.sh: failed at \[1/2\] zoe: .*unchanged\n\Z")
-        self.assert_untouched(ready, before)
-
-    def test_lost_serial(self) -> None:
-        """Without ca.srl the count starts anew, from a random number."""
-        ready = with_set()
-        former = int((ready.certs / "ca.srl").read_text(), 16)
-        (ready.certs / "ca.srl").unlink()
-        self.assertEqual(Run(ready, "client", "zoe").wait().code, 0)
-        number = int(openssl("x509", "-noout", "-serial", "-in", ready.certs / "zoe.crt").partition("=")[2], 16)
-        self.assertGreaterEqual(number.bit_length(), 64)
-        self.assertNotEqual(number, former + 1)
+        _, env = watch(action='case "$*" in rand*) printf "s3cret\\r\\n" >"$4"; exit ;; '
+                              '*-enddate*) printf "notAfter=then\\r\\n"; exit ;; esac',
+                       variables={"MTLS_PFX_PASSWORD": "", "OSTYPE": "msys"})
+        code, shown = in_terminal(["bash", str(ready.certs / "gen_certs.sh"), "client", "zoe"], env=env)
+        self.assertEqual(code, 0, shown)
+        self.assertTrue(shown.endswith(
+            "Made certs/zoe.crt, .key, .csr and .pfx, CN zoe, valid until then.\n"
+            "Password of certs/zoe.pfx (shown only now): s3cret\n"
+            "Next: python server/server.py --allow-cn mtls-client zoe\n"
+            "then: python client/client.py --cert certs/zoe.crt --key certs/zoe.key\n"), shown)
+        self.assertTrue(opens(ready.certs / "zoe.pfx", "s3cret"))
 
 
 # --- What can happen to it -----------------------------------------------------------------
@@ -758,97 +774,77 @@ class OneMoreClient(GenCertsCase):
 class NothingLost(GenCertsCase):
     """Whatever happens before the new set is complete, the old one stays, and nothing temporary does."""
 
+    seconds = 8
+
     def setUp(self) -> None:
         self.start()
 
-    def start(self) -> None:
-        """With the shared lab's set, as it was."""
+    def start(self, *without: str) -> None:
+        """With the shared lab's set, as it was, except for these files."""
         self.ready = with_set()
+        for name in without:
+            (self.ready.certs / name).unlink()
         self.before = contents(self.ready)
 
-    def test_openssl_fails(self) -> None:
-        """At whichever call: its output appears, all of it, then the step; and nothing has changed."""
-        for at, (step, command) in enumerate(COMMANDS, 1):
-            with self.subTest(f"call {at} fails: openssl {command}"):
-                run = Run(self.ready, at=at, action=FAILS, fast=True).wait()
-                self.assertEqual(run.code, 1)
-                self.assertNotIn("out 1", run.stdout)
-                lines = run.stderr.splitlines()
-                if at == 1:
-                    self.assertRegex(lines[-1], r"^gen_certs\.sh: the openssl command does not run; ")
-                else:
-                    self.assertEqual(lines[:-1], CHATTER)
-                    announced = step if step.startswith("[") else "[6/6]"
-                    self.assertTrue(lines[-1].startswith(f"gen_certs.sh: failed at {announced} "), lines[-1])
-                    self.assertTrue(lines[-1].endswith("unchanged"), lines[-1])
-                self.assert_untouched(self.ready, self.before)
-        with self.subTest("no password can be made up"):
-            run = Run(self.ready, at=10, action=FAILS, fast=True, env={"MTLS_PFX_PASSWORD": ""}).wait()
-            self.assertTrue(run.calls[9][1].startswith("rand "))
-            self.assertEqual((run.code, run.stderr.splitlines()[:-1]), (1, CHATTER))
+    def assert_nothing_lost(self, what: str, code: int, *arguments: str, fast: bool = True, **options: Any) -> Run:
+        """A run that ends with this code, and has touched nothing."""
+        with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {what}"):
+            run = Run(self.ready, *arguments, fast=fast, **options).wait()
+            self.assertEqual(run.code, code, run.stderr)
             self.assert_untouched(self.ready, self.before)
+        return run
 
-    def test_openssl_fails_for_another_client(self) -> None:
-        """The same when a client's certificate of a former CA is reissued: its old files stay."""
-        Run(self.ready).wait()
-        before = contents(self.ready)
-        # Before these: the version, and for each of the four files two calls, for whose mallory's certificate is.
-        for at, command in enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"),
-                                     1 + 4 * 2 + 1):
-            with self.subTest(f"call {at} fails: openssl {command}"):
-                run = Run(self.ready, "client", "mallory", at=at, action=FAILS).wait()
-                self.assertEqual(run.calls[at - 1][1].split()[0], command)
-                self.assertEqual((run.code, run.stderr.splitlines()[:-1]), (1, CHATTER))
-                self.assert_untouched(self.ready, before)
-        with self.subTest("and at last it works"):
-            self.assertEqual(Run(self.ready, "client", "mallory").wait().code, 0)
-            self.assertTrue(verifies(self.ready, "mallory"))
+    def test_openssl_fails(self) -> None:
+        """At whichever call: its output appears, all of it, then the step."""
+        Run(self.ready).wait()   # from now on mallory's certificate is of a former CA: it can be reissued
+        self.before = contents(self.ready)
+        reissue = enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"), 4)
+        for arguments, at, announced, command, password in [
+            *(((), at, step if step.startswith("[") else "[6/6]", command, "secret")
+              for at, (step, command) in enumerate(COMMANDS[1:], 2)), ((), 10, "[6/6]", "rand ", ""),
+            *((("client", "mallory"), at, "[1/2]" if at < 7 else "[2/2]", command, "secret") for at, command in reissue),
+        ]:
+            run = self.assert_nothing_lost(f"call {at} fails: openssl {command}", 1, *arguments, at=at, action=FAILS,
+                                           fast=not arguments, env={"MTLS_PFX_PASSWORD": password})
+            self.assertTrue(calls(run.folder)[-1][1].startswith(command))
+            self.assertEqual(run.stderr.splitlines()[:-1], CHATTER)
+            self.assertNotIn("out 1", run.stdout)
+            self.assertRegex(run.stderr, rf"\ngen_certs\.sh: failed at {re.escape(announced)} .*unchanged\n\Z")
+        self.assertEqual(Run(self.ready, "client", "mallory").wait().code, 0)
+        self.assertTrue(verifies(self.ready, "mallory"), "at last it should work")
 
     def test_interrupts(self) -> None:
-        """Ctrl+C during any call of openssl; kill and a closed terminal at some: nothing has changed."""
-        for at, (_, command) in enumerate(COMMANDS, 1):
-            kinds = [("Ctrl+C", CTRL_C, 130)]
-            if at in (2, 6, 11):
-                kinds += [("kill", "kill -s TERM 0", 143), ("a hangup", "kill -s HUP 0", 129),
-                          ("a kill of the script alone", 'kill -s TERM "$SCRIPT_PID"', 143)]
-            for what, action, code in kinds:
-                with self.subTest(f"{what} during call {at}: openssl {command}"):
-                    run = Run(self.ready, at=at, action=action, fast=True).wait()
-                    self.assertIn(run.code, (code, 128 - code) if at == 1 else (code,))
-                    self.assert_untouched(self.ready, self.before)
+        """Ctrl+C during any call of openssl; kill and a closed terminal at some; Ctrl+C at the work of other tools."""
+        kinds = {"Ctrl+C": (CTRL_C, 130), "kill": ("kill -s TERM 0", 143), "a hangup": ("kill -s HUP 0", 129),
+                 "a kill of the script alone": ("kill -s TERM $PPID", 143)}
+        for arguments, at, what in [
+            *(((), at, "Ctrl+C") for at in range(2, DECISIVE + 1)),
+            *(((), at, what) for at in (2, 6, 11) for what in kinds if what != "Ctrl+C"),
+            *((("client", "zoe"), at, what) for at, what in ((2, "Ctrl+C"), (4, "a hangup"), (5, "kill"), (7, "Ctrl+C"))),
+        ]:
+            action, code = kinds[what]
+            self.assert_nothing_lost(f"{what} during call {at}", code, *arguments, at=at, action=action)
+        for tool, when in (("mktemp", "before"), ("mktemp", "after"), ("mkdir", "after"), ("cp", "before"),
+                           ("chmod", "before"), ("chmod", "after")):
+            self.assert_nothing_lost(f"Ctrl+C {when} {tool}", 130, armed=True,
+                                     env={"PATH": meddling(tool, **{when: CTRL_C})})
+        for when in ("before", "after"):   # rm: while it cleans up
+            self.assert_nothing_lost(f"Ctrl+C, and again {when} rm", 130, at=6, action=f': >"$WATCH/armed"; {CTRL_C}',
+                                     env={"PATH": meddling("rm", **{when: CTRL_C})})
 
-    def test_interrupts_for_another_client(self) -> None:
-        """The same with one more client."""
-        for at, what, action, code in ((2, "Ctrl+C", CTRL_C, 130), (4, "a hangup", "kill -s HUP 0", 129),
-                                       (5, "kill", "kill -s TERM 0", 143), (7, "Ctrl+C", CTRL_C, 130)):
-            with self.subTest(f"{what} during call {at}"):
-                run = Run(self.ready, "client", "zoe", at=at, action=action, fast=True).wait()
-                self.assertEqual(run.code, code)
-                self.assert_untouched(self.ready, self.before)
-
-    def test_interrupts_between(self) -> None:
-        """Ctrl+C at work other than openssl's; from the moment of the move on, the run is finished all the same."""
-        for tool, when, code in (("mktemp", "before", 130), ("mktemp", "after", 130), ("mkdir", "after", 130),
-                                 ("cp", "before", 130), ("chmod", "before", 130), ("chmod", "after", 130),
-                                 ("mv", "before", 0), ("mv", "after", 0)):
-            with self.subTest(f"Ctrl+C {when} {tool}"):
-                run = Run(self.ready, armed=True, fast=True, env={"PATH": meddling(tool, **{when: CTRL_C})}).wait()
-                self.assertEqual(run.code, code, run.stderr)
-                if code:
-                    self.assert_untouched(self.ready, self.before)
-                else:
-                    self.assert_replaced(self.ready, self.before)
-                    self.assertTrue(run.stdout.endswith("Next: python3 server/server.py\n"))
-                    self.start()
-
-    def test_second_interrupt(self) -> None:
-        """Whoever presses Ctrl+C again while it cleans up does not keep it from it."""
-        for when in ("before", "after"):
-            with self.subTest(f"again {when} rm"):
-                run = Run(self.ready, at=6, action=f': >"$WATCH/armed"; {CTRL_C}', fast=True,
-                          env={"PATH": meddling("rm", **{when: CTRL_C})}).wait()
-                self.assertEqual(run.code, 130)
-                self.assert_untouched(self.ready, self.before)
+    def test_from_the_move_on(self) -> None:
+        """Once the certificates are being moved, neither a signal nor a failing openssl can spoil the run."""
+        for what, path, action in (("Ctrl+C before mv", meddling("mv", before=CTRL_C), ":"),
+                                   ("Ctrl+C after mv", meddling("mv", after=CTRL_C), ":"),
+                                   ("Ctrl+C", watched_path(), CTRL_C), ("kill", watched_path(), "kill -s TERM 0"),
+                                   ("openssl fails", watched_path(), FAILS)):
+            with self.subTest(what):
+                self.start()
+                run = Run(self.ready, at=DECISIVE + 1, action=action, fast=True, armed=True, env={"PATH": path}).wait()
+                self.assertIn("-enddate", calls(run.folder)[DECISIVE][1])
+                self.assertEqual(run.code, 0, run.stderr)
+                self.assert_replaced(self.ready, self.before)
+                self.assertTrue(run.stdout.endswith("Next: python3 server/server.py\n"))
 
     def test_interrupts_on_a_terminal(self) -> None:
         """Ctrl+C at the terminal, while a key is made and when the password is asked for."""
@@ -861,9 +857,11 @@ class NothingLost(GenCertsCase):
                 (folder / "hold").touch()
                 first = [(prompt, "typed\n")] if text.startswith("Verifying") else []
                 # The newline is for an openssl that was hit just before it began to read: it reads on all the same.
-                code, shown = in_terminal(["bash", str(self.ready.certs / "gen_certs.sh")],
+                code, shown = in_terminal([sys.executable, "-ISc", START, "", "bash",
+                                           str(self.ready.certs / "gen_certs.sh")],
                                           [*first, (text, "\x03\n")], env=env)
                 self.assertEqual(code, 130, shown)
+                self.assertNotIn("same", shown)
                 self.assert_untouched(self.ready, self.before)
 
     def test_killed(self) -> None:
@@ -873,14 +871,52 @@ class NothingLost(GenCertsCase):
                 run = Run(self.ready, at=at, action="kill -s KILL 0", fast=True).wait()
                 self.assertEqual(run.code, -signal.SIGKILL)
                 left = [path for path in self.ready.certs.iterdir() if path.name not in self.before]
-                self.assertEqual(len(left), 1, "this test should leave a folder to be cleaned up")
-                self.assertEqual(stat.filemode(left[0].stat().st_mode), "drwx------")
+                self.assertEqual([stat.filemode(path.stat().st_mode) for path in left], ["drwx------"])
                 shutil.copytree(left[0], self.ready.certs / ".new.older")   # and one of another run
                 now = contents(self.ready)
                 self.assertEqual({name: now[name] for name in self.before}, self.before)
                 self.assertEqual(Run(self.ready, *arguments, fast=True).wait().code, 0)
-                self.assertEqual([path.name for path in self.ready.certs.iterdir() if path.name.startswith(".")], [])
+                self.assertEqual(list(self.ready.certs.glob(".*")), [])
                 self.before = contents(self.ready)
+
+    def test_killed_in_the_move(self) -> None:
+        """After a kill -9 between two files the next run puts the former ones back before it begins."""
+        for what, moved in (("some of the former files", "*/server.key*old/"), ("all of them", "*/client.pfx*old/"),
+                            ("the new ones, too", '*" ca.crt "*')):
+            with self.subTest(f"killed when it had moved {what}"):
+                self.start()
+                path = meddling("mv", after=f'case "$*" in {moved}) kill -s KILL 0 ;; esac')
+                self.assertEqual(Run(self.ready, armed=True, fast=True, env={"PATH": path}).wait().code, -signal.SIGKILL)
+                now = contents(self.ready)
+                self.assertNotEqual({name: now.get(name) for name in self.before}, self.before, "not half a move")
+                self.assertEqual(Run(self.ready, "client", "zoe", fast=True).wait().code, 0)
+                self.assert_only_zoe_is_new(self.ready, self.before)
+
+    def test_a_move_that_fails(self) -> None:
+        """A file that cannot be replaced, or put in place, is named, and what was moved already goes back."""
+        refuse = "echo 'mv: x: Operation not permitted' >&2; exit 1"
+        # Only the move into place has many arguments: it does three files, and fails.
+        half = f'[ $# -le 3 ] || {{ for to; do :; done; {shutil.which("mv")} "$2" "$3" "$4" "$to"; {refuse}; }}'
+        for arguments, gone, meddle, what in (
+            ((), (), f'case "$*" in *client.pfx*) {refuse} ;; esac', "replace certs/client.pfx"),
+            ((), (), half, "write in {}"), ((), ("ca.crt", "ca.srl", "client.pfx"), half, "write in {}"),
+            (("client", "zoe"), (), half, "write in {}"),
+        ):
+            self.start(*gone)
+            run = self.assert_nothing_lost(f"it cannot {what}, and {gone} were not there", 1, *arguments, armed=True,
+                                           env={"PATH": meddling("mv", meddle)})
+            self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what.format(self.ready.certs.resolve())}: Operation not "
+                                         "permitted; the certificates that were there are unchanged\n")
+
+    def test_an_immutable_file(self) -> None:
+        """The same with a real one."""
+        file = str(self.ready.certs / "server.crt")
+        if not shutil.which("chattr") or subprocess.run(["chattr", "+i", file], capture_output=True,
+                                                        check=False).returncode:
+            self.skipTest("no chattr here, or not the right to it")
+        self.addCleanup(subprocess.run, ["chattr", "-i", file], check=True)
+        run = self.assert_nothing_lost("server.crt is immutable", 1)
+        self.assertIn("gen_certs.sh: cannot replace certs/server.crt: ", run.stderr)
 
     def test_full_disk(self) -> None:
         """When files cannot grow any further it ends, whether at the first or at the last of them."""
@@ -889,45 +925,26 @@ class NothingLost(GenCertsCase):
         self.before = contents(self.ready)
         for steps, limit in ((0, 700), (1, (ready_set() / "ca.key").stat().st_size - 1),
                              (6, (ready_set() / "client.pfx").stat().st_size - 1)):
-            with self.subTest(f"no file may grow beyond {limit} bytes, which is too few for step {steps}"):
-                run = Run(self.ready, fast=True, limit=limit, env={"LC_ALL": "C"}).wait()
-                self.assertNotEqual(run.code, 0)
-                self.assertIn("too large", run.stderr, "what openssl said")
-                self.assert_untouched(self.ready, self.before)
-                self.assertEqual(run.stdout.count("/6]"), steps)
+            run = self.assert_nothing_lost(f"no file may grow beyond {limit} bytes, too few for step {steps}", 1,
+                                           limit=limit, env={"LC_ALL": "C"})
+            self.assertIn("too large", run.stderr, "what openssl said")
+            self.assertEqual(run.stdout.count("/6]"), steps)
 
     def test_half_a_pfx(self) -> None:
         """A PFX that has been cut short, about which openssl's pkcs12 says nothing, is noticed."""
         whole = ready_set() / "client.pfx"
         for size in (0, 100, whole.stat().st_size - 1):
-            with self.subTest(f"the first {size} bytes of a PFX"):
-                cut = f"head -c {size} {shlex.quote(str(whole))} >certs/client.pfx; exit 0"
-                run = Run(self.ready, at=10, action=cut).wait()
-                self.assertTrue(run.calls[9][1].startswith("pkcs12 "))
-                self.assertEqual(run.code, 1)
-                self.assertIn("failed at [6/6] PFX; ", run.stderr)
-                self.assert_untouched(self.ready, self.before)
+            cut = f"head -c {size} {shlex.quote(str(whole))} >certs/client.pfx; exit 0"
+            run = self.assert_nothing_lost(f"a PFX's first {size} bytes", 1, at=10, action=cut, fast=False)
+            self.assertTrue(calls(run.folder)[9][1].startswith("pkcs12 "))
+            self.assertIn("failed at [6/6] PFX; ", run.stderr)
 
     def test_nobody_listens(self) -> None:
         """When its output goes nowhere (as in gen_certs.sh | head -1) it ends."""
         reader, writer = os.pipe()
         os.close(reader)
-        try:
-            run = Run(self.ready, fast=True, stdout=writer).wait()
-        finally:
-            os.close(writer)
-        self.assertNotEqual(run.code, 0)
-        self.assert_untouched(self.ready, self.before)
-
-    def test_after_the_move(self) -> None:
-        """Once the new set is in place, neither a failing openssl nor a signal can spoil it."""
-        for what, action in (("openssl fails", FAILS), ("Ctrl+C", CTRL_C), ("kill", "kill -s TERM 0")):
-            with self.subTest(what):
-                run = Run(self.ready, at=DECISIVE + 1, action=action, fast=True).wait()
-                self.assertIn("-enddate", run.calls[DECISIVE][1])
-                self.assertEqual(run.code, 0)
-                self.assert_replaced(self.ready, self.before)
-                self.start()
+        self.addCleanup(os.close, writer)
+        self.assert_nothing_lost("its output goes nowhere", 1, stdout=writer)
 
 
 class OneAtATime(GenCertsCase):
@@ -938,6 +955,10 @@ class OneAtATime(GenCertsCase):
         paths = {"flock": watched_path(), "perl": path_without("flock")}
         return {tool: path for tool, path in paths.items() if shutil.which(tool)}
 
+    def holds(self, run: Run) -> bool:
+        """Whether it is at call 6."""
+        return len(calls(run.folder)) == 6
+
     def test_two_runs(self) -> None:
         """The second says that another is running, and changes nothing; the first is not disturbed."""
         self.assertTrue(self.locks(), "neither flock nor perl is there")
@@ -947,26 +968,14 @@ class OneAtATime(GenCertsCase):
                 before = contents(ready)
                 first = Run(ready, at=6, action=HOLD, hold=True, fast=True, env={"PATH": path})
                 self.addCleanup(first.end)
-                eventually(functools.partial(first.reached, 6), "the first run holds")
-                now = contents(ready)
+                eventually(functools.partial(self.holds, first), "the first run holds")
                 for arguments in ((), ("client", "zoe")):
-                    second = Run(ready, *arguments, fast=True, env={"PATH": path}).wait()
-                    self.assertEqual((second.code, second.stdout), (1, ""))
-                    self.assertRegex(second.stderr, r"\Agen_certs\.sh: another run is at work .*\n\Z")
-                    self.assert_untouched(ready, now)
+                    self.assert_refused("gen_certs.sh: another run is at work .*", ready, *arguments, fast=True,
+                                        env={"PATH": path})
                 first.release()
                 self.assertEqual(first.wait().code, 0, first.stderr)
                 self.assert_replaced(ready, before)
                 self.assertEqual(Run(ready, "client", "zoe", fast=True, env={"PATH": path}).wait().code, 0)
-
-    def test_no_lock(self) -> None:
-        """Where there is nothing to lock with it says so, and touches nothing."""
-        ready = with_set()
-        before = contents(ready)
-        run = Run(ready, env={"PATH": path_without("flock", "perl")}).wait()
-        self.assertEqual((run.code, run.stdout), (1, ""))
-        self.assertRegex(run.stderr, r"\Agen_certs\.sh: neither flock nor perl .*\n\Z")
-        self.assert_untouched(ready, before)
 
     def test_killed_run_does_not_block(self) -> None:
         """After a kill -9 the next run starts at once, even while the killed one's openssl lives on."""
@@ -986,8 +995,7 @@ class OneAtATime(GenCertsCase):
                 finally:
                     killed.release()
                     eventually((killed.folder / "over").exists, "the killed run's openssl has ended")
-                self.assertEqual({name for name, data in contents(ready).items() if data != before.get(name)},
-                                 {"ca.srl", "zoe.crt", "zoe.csr", "zoe.key", "zoe.pfx"})
+                self.assert_only_zoe_is_new(ready, before)
 
 
 class Style(unittest.TestCase):
@@ -999,6 +1007,252 @@ class Style(unittest.TestCase):
         result = subprocess.run(["shellcheck", str(ROOT / "certs" / "gen_certs.sh")], stdout=subprocess.PIPE,
                                 stderr=subprocess.STDOUT, text=True, check=False)
         self.assertEqual((result.returncode, result.stdout), (0, ""))
+
+
+# --- The certificates ----------------------------------------------------------------------
+
+
+AUTHORITY = "X509v3 Authority Key Identifier"
+CONSTRAINTS = "X509v3 Basic Constraints"
+PURPOSE = "X509v3 Extended Key Usage"
+SUBJECT = "X509v3 Subject Key Identifier"
+USAGE = "X509v3 Key Usage"
+
+
+def file(name: str) -> Path:
+    """One of the files of that set."""
+    return first_run()[0].certs / name
+
+
+@functools.cache
+def text(certificate: Path) -> str:
+    """What openssl says about a certificate."""
+    return openssl("x509", "-text", "-noout", "-in", certificate)
+
+
+def field(certificate: Path, pattern: str) -> str:
+    """The first group of the pattern in the certificate's text."""
+    shown = text(certificate)
+    found = re.search(pattern, shown)
+    if not found:
+        raise AssertionError(f"no {pattern!r} in {shown}")
+    return found[1].strip()
+
+
+def extensions(certificate: Path) -> dict[str, tuple[bool, str]]:
+    """Name -> (critical, value). OpenSSL before 3 writes "keyid:" before an authority's key."""
+    block = text(certificate).partition("X509v3 extensions:\n")[2]
+    found = re.findall(r"^ {12}(\S[^:\n]*): *(critical)? *\n((?: {16}.*\n)+)", block, re.MULTILINE)
+    return {name: (bool(critical), " ".join(value.split()).removeprefix("keyid:")) for name, critical, value in found}
+
+
+def public_key(kind: str, holder: Path) -> str:
+    """The public key in a file of this kind: of a ``pkey`` the one that belongs to it."""
+    return openssl(kind, *(["-noout", "-pubkey"] if kind != "pkey" else ["-pubout"]), "-in", holder)
+
+
+def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str = "localhost") -> None:
+    """A whole TLS handshake between two contexts, in memory; raises what either side raises."""
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    waiting = [client.wrap_bio(to_client, to_server, server_hostname=name),
+               server.wrap_bio(to_server, to_client, server_side=True)]
+    while waiting:
+        for end in list(waiting):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                end.do_handshake()
+                waiting.remove(end)
+
+
+class Contents(unittest.TestCase):
+    """What is written in them."""
+
+    def test_extensions(self) -> None:
+        """Exactly the extensions of RFC 5280's profile, critical where it says so."""
+        key_of = {name: extensions(file(f"{name}.crt"))[SUBJECT][1] for name in ("ca", "server", "client", "alice")}
+        leaf = {CONSTRAINTS: (True, "CA:FALSE"), AUTHORITY: (False, key_of["ca"])}
+        client = leaf | {USAGE: (True, "Digital Signature"), PURPOSE: (False, "TLS Web Client Authentication")}
+        for name, expected in {
+            "ca": {CONSTRAINTS: (True, "CA:TRUE, pathlen:0"), USAGE: (True, "Certificate Sign, CRL Sign"),
+                   AUTHORITY: (False, key_of["ca"])},
+            "server": leaf | {USAGE: (True, "Digital Signature, Key Encipherment"),
+                              PURPOSE: (False, "TLS Web Server Authentication"),
+                              "X509v3 Subject Alternative Name": (False, "DNS:localhost, IP Address:127.0.0.1")},
+            "client": client,
+            "alice": client,
+        }.items():
+            with self.subTest(f"the extensions of {name}.crt"):
+                found = extensions(file(f"{name}.crt"))
+                self.assertEqual(found, expected | {SUBJECT: (False, key_of[name])})
+        for name, key in key_of.items():
+            with self.subTest(f"the subject key identifier of {name}.crt is a SHA-1 hash"):
+                self.assertRegex(key, r"^([0-9A-F]{2}:){19}[0-9A-F]{2}$")
+        self.assertEqual(len(set(key_of.values())), 4, "each key has an identifier of its own")
+
+    def test_names(self) -> None:
+        """Each subject is one common name, in UTF-8; the CA issues all, itself included."""
+        for name, subject in {"ca": "mTLS Lab Root CA", "server": "localhost", "client": "mtls-client",
+                              "alice": "alice"}.items():
+            with self.subTest(f"the names in {name}.crt"):
+                self.assertRegex(field(file(f"{name}.crt"), r"Subject:(.*)"), rf"^CN ?= ?{subject}$")
+                self.assertRegex(field(file(f"{name}.crt"), r"Issuer:(.*)"), r"^CN ?= ?mTLS Lab Root CA$")
+                structure = openssl("asn1parse", "-in", file(f"{name}.crt"))
+                self.assertRegex(structure, rf"UTF8STRING +:{subject}\n")
+
+    def test_validity(self) -> None:
+        """The CA is valid for 3650 days, what it issues for 365; both from now on."""
+        for name, days in {"ca": 3650, "server": 365, "client": 365, "alice": 365}.items():
+            with self.subTest(f"{name}.crt is valid for {days} days"):
+                shown = openssl("x509", "-noout", "-dates", "-in", file(f"{name}.crt"))
+                start, end = (ssl.cert_time_to_seconds(line.partition("=")[2]) for line in shown.splitlines())
+                self.assertEqual(end - start, days * 24 * 3600)
+                made = file(f"{name}.crt").stat().st_mtime
+                self.assertTrue(-2 <= made - start <= 60, f"valid from {start}, made at {made}")
+
+    def test_keys(self) -> None:
+        """RSA of 4096 bits for the CA, 2048 for the others; SHA-256; key, CSR and certificate belong together."""
+        for name, bits in {"ca": 4096, "server": 2048, "client": 2048, "alice": 2048}.items():
+            with self.subTest(f"the key of {name}.crt"):
+                certificate = file(f"{name}.crt")
+                self.assertEqual(field(certificate, r"Public-Key: \((\d+) bit\)"), str(bits))
+                self.assertEqual(field(certificate, r"Public Key Algorithm: (.*)"), "rsaEncryption")
+                self.assertEqual(set(re.findall(r"Signature Algorithm: (.*)", text(certificate))),
+                                 {"sha256WithRSAEncryption"})
+                self.assertEqual(field(certificate, r"Version: (\d)"), "3")
+                key = public_key("pkey", file(f"{name}.key"))
+                self.assertEqual(public_key("x509", certificate), key, "certificate and key do not match")
+                if name != "ca":
+                    self.assertEqual(public_key("req", file(f"{name}.csr")), key, "CSR and key do not match")
+
+    def test_serials(self) -> None:
+        """Serial numbers are random in the beginning, 64 bits or more, and counted from there; ca.srl has the last."""
+        numbers = {name: serial(file(f"{name}.crt")) for name in ("ca", "server", "client", "alice")}
+        for name, number in numbers.items():
+            with self.subTest(f"the serial number of {name}.crt, {number:x}, is long enough and legal"):
+                # A random number of 159 bits (OpenSSL) is shorter than 64 once in 2**95; LibreSSL's 64 start with 1.
+                self.assertGreaterEqual(number.bit_length(), 64)
+                self.assertLess(number.bit_length(), 160, "RFC 5280 4.1.2.2: 20 octets at most, and positive")
+        self.assertEqual(numbers["client"], numbers["server"] + 1)
+        self.assertEqual(numbers["alice"], numbers["server"] + 2)
+        self.assertNotIn(numbers["ca"], [numbers["server"], numbers["client"], numbers["alice"]])
+        self.assertEqual(int(file("ca.srl").read_text(encoding="ascii"), 16), numbers["alice"])
+
+
+class Verification(unittest.TestCase):
+    """What they are good for, and what not."""
+
+    def test_chains_verify_strictly_for_their_one_purpose(self) -> None:
+        """Each leaf verifies for its purpose by RFC 5280 to the letter, and is refused for the other one."""
+        for name, good, bad in (("server", "sslserver", "sslclient"), ("client", "sslclient", "sslserver"),
+                                ("alice", "sslclient", "sslserver")):
+            arguments = ("-x509_strict", "-CAfile", file("ca.crt"), file(f"{name}.crt"))
+            with self.subTest(f"{name}.crt verifies as {good}"):
+                self.assertEqual(verify("-purpose", good, *arguments), "OK")
+            with self.subTest(f"{name}.crt is refused as {bad}"):
+                self.assertRegex(verify("-purpose", bad, *arguments), "certificate purpose")
+        with self.subTest("another lab's CA, of the same name, vouches for none of them"):
+            self.assertEqual(verify("-CAfile", ready_set() / "ca.crt", ready_set() / "client.crt"), "OK")
+            self.assertNotEqual(verify("-CAfile", file("ca.crt"), ready_set() / "client.crt"), "OK")
+
+    def signed(self, folder: Path, name: str, request: str, by: tuple[Path, Path], constraints: str) -> Path:
+        """A certificate for one of the set's requests, signed with the given certificate and key."""
+        settings = folder / f"{name}.cnf"
+        settings.write_text(f"[ v3 ]\nbasicConstraints = critical, {constraints}\nsubjectKeyIdentifier = hash\n"
+                            f"authorityKeyIdentifier = keyid:always\n", encoding="ascii")
+        made = folder / f"{name}.crt"
+        openssl("x509", "-req", "-days", "1", "-in", file(request), "-CA", by[0], "-CAkey", by[1],
+                "-set_serial", "7", "-out", made, "-extensions", "v3", "-extfile", settings)
+        return made
+
+    def refusal(self, folder: Path, chain: list[Path], key: Path) -> str:
+        """Why a client of the lab refuses a server with this chain and key."""
+        bundle = folder / "chain.pem"
+        bundle.write_text("".join(each.read_text(encoding="ascii") for each in chain), encoding="ascii")
+        server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        server.load_cert_chain(bundle, key)
+        client = ssl.create_default_context(cafile=str(file("ca.crt")))
+        client.check_hostname = False
+        client.verify_flags &= ~ssl.VERIFY_X509_STRICT   # which would object to other things first
+        with self.assertRaises(ssl.SSLCertVerificationError) as caught:
+            handshake(server, client)
+        return str(caught.exception.verify_message)
+
+    def test_leaf_cannot_sign(self) -> None:
+        """What a leaf's key has signed is worth nothing, nor is what a CA below the root has signed."""
+        folder = new_folder("forged")
+        for name, other in (("server", "client"), ("client", "server"), ("alice", "server")):
+            with self.subTest(f"{name}.key cannot issue certificates"):
+                own = file(f"{name}.crt")
+                forged = self.signed(folder, f"by-{name}", f"{other}.csr", (own, file(f"{name}.key")), "CA:false")
+                self.assertEqual(self.refusal(folder, [forged, own], file(f"{other}.key")), "invalid CA certificate")
+        with self.subTest("the CA cannot be used to make another CA (pathlen:0)"):
+            lower = self.signed(folder, "lower", "client.csr", (file("ca.crt"), file("ca.key")), "CA:true")
+            self.assertEqual(verify("-CAfile", file("ca.crt"), lower), "OK")
+            leaf = self.signed(folder, "leaf", "server.csr", (lower, file("client.key")), "CA:false")
+            self.assertEqual(self.refusal(folder, [leaf, lower], file("server.key")), "path length constraint exceeded")
+
+
+class Handshakes(unittest.TestCase):
+    """What Python's ssl makes of them, both sides as strict as it can be."""
+
+    def test_handshakes(self) -> None:
+        """Each certificate does its own job, the server's under its names alone, and none does the other's."""
+        for name, server_has, client_has, refusal in (
+            ("localhost", "server", "client", ""), ("127.0.0.1", "server", "client", ""),
+            ("localhost", "server", "alice", ""),
+            *((other, "server", "client", "is not valid for") for other in ("example.org", "127.0.0.2", "sub.localhost",
+                                                                            "mtls-client")),
+            ("localhost", "client", "client", "certificate purpose"),
+            ("localhost", "server", "server", "certificate purpose"),
+        ):
+            with self.subTest(f"a client with {client_has}.crt, and a server at {name} with {server_has}.crt"):
+                server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+                server.verify_mode = ssl.CERT_REQUIRED
+                server.load_verify_locations(file("ca.crt"))
+                client = ssl.create_default_context(cafile=str(file("ca.crt")))
+                for context, has in ((server, server_has), (client, client_has)):
+                    context.verify_flags |= ssl.VERIFY_X509_STRICT
+                    context.load_cert_chain(file(f"{has}.crt"), file(f"{has}.key"))
+                if refusal:
+                    self.assertRaisesRegex(ssl.SSLCertVerificationError, refusal, handshake, server, client, name)
+                else:
+                    handshake(server, client, name)
+
+
+class Pfx(unittest.TestCase):
+    """The bundle for browsers and key chains."""
+
+    def test_round_trip(self) -> None:
+        """It opens with its password and holds the client's certificate, its key, and the CA, under a name."""
+        for name in ("client", "alice"):
+            with self.subTest(f"{name}.pfx"):
+                result = pkcs12(file(f"{name}.pfx"), PASSWORD, "-nodes")
+                self.assertEqual(result.returncode, 0, result.stderr)
+                found = [ssl.PEM_cert_to_DER_cert(block) for block in re.findall(
+                    r"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", result.stdout, re.DOTALL)]
+                expected = [ssl.PEM_cert_to_DER_cert(file(f"{each}.crt").read_text(encoding="ascii"))
+                            for each in (name, "ca")]
+                self.assertEqual(found, expected, "not the client's certificate and the CA's")
+                keys = re.findall(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----\n",
+                                  result.stdout, re.DOTALL)
+                self.assertEqual(len(keys), 1)
+                key = new_folder("pfx") / "key.pem"
+                key.write_text(keys[0], encoding="ascii")
+                self.assertEqual(public_key("pkey", key), public_key("x509", file(f"{name}.crt")))
+                self.assertIn(f"friendlyName: mTLS Lab {name}\n", result.stdout)
+                for password in ("", "wrong", PASSWORD + " ", PASSWORD[:-1]):
+                    self.assertFalse(opens(file(f"{name}.pfx"), password), f"{password!r} opens it")
+
+    def test_ciphers(self) -> None:
+        """3DES and a SHA-1 MAC, chosen because everything imports them; every part is encrypted."""
+        for name in ("client", "alice"):
+            with self.subTest(f"the ciphers of {name}.pfx"):
+                result = pkcs12(file(f"{name}.pfx"), PASSWORD, "-info", "-noout")
+                shown = result.stdout + result.stderr
+                self.assertEqual(re.findall(r"(?:PKCS7 Encrypted data|Shrouded Keybag): ([^,]*),", shown),
+                                 ["pbeWithSHA1And3-KeyTripleDES-CBC"] * 2, shown)
+                structure = openssl("asn1parse", "-inform", "DER", "-in", file(f"{name}.pfx"))
+                self.assertEqual(re.findall(r"OBJECT +:(.*)", structure), ["pkcs7-data", "sha1"],
+                                 "the digest of the MAC should be SHA-1")
 
 
 if __name__ == "__main__":

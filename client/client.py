@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error from whatever is missing first
-    sys.exit("client.py: needs Python 3.10 or newer, this is " + ".".join(map(str, sys.version_info[:3])))
+    sys.exit(f"client.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 import exchange  # needs the newer Python itself
 from exchange import CERTS, printable
@@ -142,7 +142,7 @@ def main() -> None:
         try:
             file.read_bytes()   # ssl would not say which file it is
         except OSError as error:
-            fail(exchange.unusable(file, error))
+            fail(exchange.unusable(file, error, ours=file != arguments.cacert))
     try:
         context = tls_context(arguments.cert, arguments.key, arguments.cacert)
     except ssl.SSLError as error:

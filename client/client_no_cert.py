@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error from whatever is missing first
-    sys.exit("client_no_cert.py: needs Python 3.10 or newer, this is " + ".".join(map(str, sys.version_info[:3])))
+    sys.exit(f"client_no_cert.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 import exchange  # needs the newer Python itself
 from exchange import CERTS
@@ -119,7 +119,7 @@ def main() -> None:
     except ssl.SSLError as error:
         no_result(f"{arguments.cacert} holds no certificate that can be used: {error.args[-1]}; is it the right file?")
     except OSError as error:
-        no_result(exchange.unusable(arguments.cacert, error))
+        no_result(exchange.unusable(arguments.cacert, error, ours=False))
 
     report("Attempting connection WITHOUT client certificate...")
     report(f"Target: {url}")

@@ -97,8 +97,8 @@ def explain(error: Exception, url: str) -> str:
     return f"no HTTP answer from {url}: {error or type(error).__name__}; is our server there, and does it still run?"
 
 
-def unusable(file: Path, error: OSError) -> str:
-    """Why a certificate file cannot be used, and what to do; never to replace a CA that is there."""
+def unusable(file: Path, error: OSError, ours: bool) -> str:
+    """Why a certificate file, of ours or of the CA, cannot be used, and what to do; never to replace a CA."""
     if isinstance(error, PermissionError):
         try:
             owner = file.owner()
@@ -107,7 +107,7 @@ def unusable(file: Path, error: OSError) -> str:
         hint = f"it belongs to {owner}, who must let us read it (chmod or chown)"
     elif not (CERTS / "ca.crt").exists():
         hint = "make the certificates: bash certs/gen_certs.sh"
-    elif file.parent.resolve() == CERTS and file.stem not in ("ca", "server", "client"):
+    elif ours and file.parent.resolve() == CERTS and file.stem != "client":
         hint = f"make it: bash certs/gen_certs.sh client {shlex.quote(file.stem)}"
     else:
         hint = "is this the right path?"

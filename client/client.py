@@ -169,7 +169,7 @@ def main() -> None:
         shown = listing(reply)
         print(f"[CLIENT] Authenticated as: \"{printable(reply['client'])}\"")
         print(f"[CLIENT] Response (HTTP {status}):")
-        print(printable(shown))
+        print(printable(shown), flush=True)   # here its failure is still ours to handle
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         fail(f"{url} did not send the JSON that our server sends: {error!r}; is it our server?")
 

@@ -97,7 +97,8 @@ def judge(error: Exception, url: str) -> NoReturn:
         report(f"Error: {error.args[-1]}")
         report("PASS: Server correctly refused unauthenticated client.")
         sys.exit(0)
-    if isinstance(error, (ssl.SSLEOFError, ConnectionResetError, ConnectionAbortedError, BrokenPipeError)):
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, ConnectionAbortedError,
+                          BrokenPipeError)):
         no_result(f"{url} ended the connection without an alert or an answer ({error}); "
                   "it may have refused us without saying why, so nothing is proved")
     no_result(f"nothing is proved: {exchange.explain(error, url)}")

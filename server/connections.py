@@ -12,7 +12,7 @@ own, reads and answers his requests in the plain blocking way. The doorman sees 
 what they were told last must reach them before the connection ends.
 
 Every wait has a deadline. The doorman looks at them four times a second. To end a worker's wait,
-he shuts the socket down under it. Windows does not wake for that: there, the wait itself looks.
+he shuts the socket down under it. Windows does not wake for that, so there waits come in slices.
 """
 
 from __future__ import annotations
@@ -39,6 +39,7 @@ MAX_STRANGERS = 512         # at the door: in their handshake, or being seen off
 MAX_DRAIN = 16 * 1024 ** 2  # bytes that one who is seen off may still send
 STOP_SECONDS = 5.0          # that running requests have to finish when the server is told to stop
 TICK = 0.25                 # seconds between two looks at the deadlines
+SLICE = TICK if sys.platform == "win32" else None   # seconds of a worker's single wait, where nobody can wake him
 
 Phase = enum.Enum("Phase", "HANDSHAKE IDLE REQUEST RESPONSE REFUSED CLOSING")
 DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.IDLE: 15.0, Phase.REQUEST: 10.0, Phase.RESPONSE: 10.0,
@@ -54,7 +55,7 @@ class Guest(ssl.SSLSocket):
     given_up = False      # told to go
 
     def recv_into(self, *arguments: Any) -> int:
-        """As ever. After a timeout (only on Windows): once more, or 0 if he was told to go."""
+        """As ever. After a slice: once more, or 0 if he was told to go, as at the input's end."""
         while True:
             try:
                 return super().recv_into(*arguments)
@@ -63,7 +64,7 @@ class Guest(ssl.SSLSocket):
                     return 0
 
     def send(self, *arguments: Any) -> int:
-        """As ever. After a timeout (only on Windows): once more, unless he was told to go."""
+        """As ever. After a slice: once more, unless he was told to go."""
         while True:
             try:
                 return super().send(*arguments)
@@ -96,7 +97,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, address: tuple[str, int], handler: Any, context: ssl.SSLContext) -> None:
         self.context = context
         context.sslsocket_class = Guest
-        self.max_guests, self.max_strangers = limits()
+        # With few descriptors (ulimit -n) both shrink. On Windows, select() takes 512 sockets.
+        descriptors = max(os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 768, 36) - 32
+        self.max_guests = min(MAX_GUESTS, descriptors // 2)
+        self.max_strangers = min(MAX_STRANGERS, descriptors - self.max_guests)
         self.strangers: dict[int, Stranger] = {}   # by descriptor, the oldest first
         self.guests: set[Guest] = set()
         self.changing = threading.Lock()           # guards the guests and their phases
@@ -135,7 +139,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             for key, _ in self.selector.select(poll_interval):
                 if key.data is None:
                     self.accept()
-                elif self.strangers.get(key.fd) is key.data:   # else he has gone since select() returned
+                elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
                     self.attend(key.data)
         self.stopped.set()
 
@@ -147,13 +151,12 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             except OSError as error:   # as a rule: no more are there
                 if error.errno in (errno.EMFILE, errno.ENFILE):
                     self.selector.unregister(self.socket)   # until the next look; else a busy loop
-                    self.turn_away_oldest()
                     self.make_room(1)
                 return
             newcomer.setblocking(False)
             self.put_at_door(Stranger(newcomer, address, newcomer.fileno()))
             if len(self.strangers) > self.max_strangers:
-                self.turn_away_oldest()
+                self.turn_away(next(iter(self.strangers.values())))
 
     def put_at_door(self, stranger: Stranger) -> None:
         """Look after what he sends, until his phase's deadline."""
@@ -174,13 +177,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.take_from_door(stranger)
         self.close_request(stranger.socket)
 
-    def turn_away_oldest(self) -> None:
-        """Make room at the door, if anybody is there."""
-        for oldest in list(self.strangers.values())[:1]:
-            self.turn_away(oldest)
-
-    def attend(self, stranger: Stranger) -> None:
-        """Something has come from a stranger."""
+    def attend(self, stranger: Any) -> None:
+        """Something has come from a `Stranger`."""
         if stranger.phase is Phase.HANDSHAKE:
             self.shake_hands(stranger)
             return
@@ -196,13 +194,12 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         """One step of the handshake. It ends with an alert, or with a guest."""
         try:
             if not isinstance(stranger.socket, Guest):   # his first byte: only now he costs a TLS object
+                stranger.socket.getpeername()   # fails if he has left already; wrap_socket would fail less neatly
                 stranger.socket = self.context.wrap_socket(stranger.socket, True, do_handshake_on_connect=False)
             stranger.socket.do_handshake()
-        except ssl.SSLWantReadError:
-            self.selector.modify(stranger.number, selectors.EVENT_READ, stranger)
-            return
-        except ssl.SSLWantWriteError:
-            self.selector.modify(stranger.number, selectors.EVENT_WRITE, stranger)
+        except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
+            events = selectors.EVENT_READ if isinstance(wanted, ssl.SSLWantReadError) else selectors.EVENT_WRITE
+            self.selector.modify(stranger.number, events, stranger)
             return
         except (OSError, ValueError) as error:
             self.refused(stranger.address, error)
@@ -236,22 +233,23 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     # Guests
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Give a guest a worker, now or when one is free. In a full house somebody else must go."""
+        """Give a guest a worker, now or when one is free. In a full house he, or somebody else, must go."""
+        if len(self.guests) >= self.max_guests and not self.is_welcome(request):
+            self.refused(client_address, ConnectionError("no room"))
+            self.shutdown_request(request)
+            return
         if hasattr(socket, "TCP_QUICKACK"):
             # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
             # and a client with Nagle's algorithm holds his first request back for that ACK.
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        request.settimeout(TICK if sys.platform == "win32" else None)
+        request.settimeout(SLICE)
         with self.changing:
             self.guests.add(request)
         self.workers.submit(self.process_request_thread, request, client_address)
         self.make_room(len(self.guests) - self.max_guests)
 
     def make_room(self, places: int) -> None:
-        """Tell so many guests to go, if that many may be told: the unwelcome, then the longest idle.
-
-        Not an idle one whose next request has come already: it has begun.
-        """
+        """Tell so many guests to go, if there are: the unwelcome, then the longest idle with no request on its way."""
         if places <= 0:
             return
         with self.changing:
@@ -271,16 +269,14 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         return wanted
 
     def give_up(self, guest: Guest) -> None:
-        """End his worker's wait, as if the input had ended: an answer is still possible.
-
-        If that has not helped after a while, or where no answer is due, end both directions.
-        """
+        """End his worker's wait, as if the input had ended: it can still answer. The next time, end all."""
         only_input = guest.phase in (Phase.IDLE, Phase.REQUEST) and not guest.given_up
         guest.given_up = True
         guest.deadline = time.monotonic() + DEADLINES[Phase.CLOSING]
-        with contextlib.suppress(OSError):
-            # Not SSLSocket's method: that drops the TLS layer under the worker's feet.
-            socket.socket.shutdown(guest, socket.SHUT_RD if only_input else socket.SHUT_RDWR)
+        if SLICE is None or not only_input:
+            with contextlib.suppress(OSError):
+                # Not SSLSocket's method: that drops the TLS layer under the worker's feet.
+                socket.socket.shutdown(guest, socket.SHUT_RD if only_input else socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
         """A worker's last words: close_notify, and the end of our direction. Then back to the door.
@@ -298,19 +294,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def running(self) -> bool:
         """Whether a request is being read or answered."""
-        with self.changing:
-            return any(guest.phase in (Phase.REQUEST, Phase.RESPONSE) for guest in self.guests)
+        return any(guest.phase in (Phase.REQUEST, Phase.RESPONSE) for guest in list(self.guests))
 
     def shutdown(self) -> None:
         """Accept no more, and let running requests finish: return when all have left, or time is up."""
         self.stopping = True
         self.stopped.wait(STOP_SECONDS)
 
-
-def limits() -> tuple[int, int]:
-    """How many guests and strangers there may be: with few descriptors (``ulimit -n``), fewer."""
-    # On Windows, what counts is that select() takes no more than 512 sockets.
-    descriptors = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 768
-    spare = max(4, descriptors - 32)
-    guests = min(MAX_GUESTS, spare // 2)
-    return guests, min(MAX_STRANGERS, spare - guests)

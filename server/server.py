@@ -129,9 +129,9 @@ def look_at_own_certificate(context: ssl.SSLContext, certs: Path) -> None:
     except ssl.SSLCertVerificationError as error:
         if error.verify_code not in (9, 10):   # not yet valid, expired
             fail(f"{certs / 'server.crt'} is not good with this ca.crt ({error.verify_message}); "
-                 "make a new set: bash certs/gen_certs.sh")
-        print(f"[SERVER] WARNING: {certs / 'server.crt'}: {error.verify_message}; clients will refuse it: "
-              "look at the clock, or make a new one", file=sys.stderr)
+                 "run bash certs/gen_certs.sh again")
+        print(f"[SERVER] WARNING: {certs / 'server.crt'}: {error.verify_message}: clients will refuse it; "
+              "look at the clock, or renew it (see README.md)", file=sys.stderr)
 
 
 def in_words(error: Exception) -> str:
@@ -346,34 +346,31 @@ def port_number(text: str) -> int:
     return int(text)
 
 
-def non_empty(text: str) -> str:
-    """A host or common name as argparse's type."""
-    if not text.strip():
-        raise argparse.ArgumentTypeError("must not be empty")
-    return text
-
-
 def parse_arguments() -> argparse.Namespace:
-    """Flags, with defaults from the environment. Exits with 2 on what makes no sense."""
+    """Flags, else variables, else defaults. Exits with 2 on what makes no sense."""
     parser = argparse.ArgumentParser(description="The lab's mutual TLS server: GET /todo and POST /todo.")
-    parser.add_argument("--host", type=non_empty, default=os.environ.get("MTLS_SERVER_HOST") or "127.0.0.1",
+    parser.add_argument("--host", default=os.environ.get("MTLS_SERVER_HOST") or "127.0.0.1",
                         help="address to listen on (MTLS_SERVER_HOST; default 127.0.0.1)")
     parser.add_argument("--port", type=port_number,
                         help="port to listen on, 0 for any free one (MTLS_SERVER_PORT; default 8443)")
-    parser.add_argument("--allow-cn", type=non_empty, nargs="+", metavar="CN", action="extend",
+    parser.add_argument("--allow-cn", nargs="+", metavar="CN", action="extend",
                         help="common names that may use the server (MTLS_ALLOWED_CNS, separated by commas; "
                              "default mtls-client)")
     arguments = parser.parse_args()
+    if not arguments.host.strip():
+        parser.error("argument --host: must not be empty")
     if arguments.port is None:
         try:
             arguments.port = port_number(os.environ.get("MTLS_SERVER_PORT") or "8443")
         except argparse.ArgumentTypeError as error:
             parser.error(f"MTLS_SERVER_PORT: {error}")
-    # Commas separate everywhere. In the variable spaces do, too: it is one word, whatever the shell.
-    names = ",".join(arguments.allow_cn or re.split(r"\s+", (os.environ.get("MTLS_ALLOWED_CNS") or "mtls-client").strip()))
-    arguments.allow_cn = [name.strip() for name in names.split(",") if name.strip()]
-    if not arguments.allow_cn:
-        parser.error("--allow-cn or MTLS_ALLOWED_CNS has no name in it")
+    if arguments.allow_cn:
+        where, names = "argument --allow-cn", ",".join(arguments.allow_cn).split(",")
+    else:   # in the variable, spaces separate, too
+        where, names = "MTLS_ALLOWED_CNS", re.split(r"[\s,]+", os.environ.get("MTLS_ALLOWED_CNS") or "mtls-client")
+    if not all(name.strip() for name in names):
+        parser.error(f"{where}: has an empty name")
+    arguments.allow_cn = [name.strip(" ") for name in names]
     return arguments
 
 

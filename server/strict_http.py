@@ -70,14 +70,15 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         if not begin or not self.server.enter(self.connection, Phase.REQUEST):
             return
         try:
-            self.read_request(begin)
+            self.read_request_line(begin)
+            self.read_headers()
             self.answer()
         except Refusal as refusal:
             self.close_connection |= refusal.closes
             self.respond(refusal.status, {"error": refusal.rule}, **refusal.headers)
 
-    def read_request(self, begin: bytes) -> None:
-        """Read the request line and the headers. Raises Refusal."""
+    def read_request_line(self, begin: bytes) -> None:
+        """Read the rest of the line that begins so. Raises Refusal."""
         if begin == b"\x16":   # the first byte of a TLS record: no line end may ever come
             raise Refusal(HTTPStatus.BAD_REQUEST, "request: is TLS inside TLS", closes=True)
         line = begin + self.rfile.readline(MAX_LINE)
@@ -93,7 +94,19 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         self.command = match[1].decode()
         self.request_version = "HTTP/1.0" if match[4] == b"0" else "HTTP/1.1"
         self.path = ABSOLUTE.sub("", match[2].decode(), count=1).partition("?")[0]   # a query changes nothing here
-        self.read_headers()
+
+    def read_headers(self) -> None:
+        """Read the header lines up to the empty one, and see what they say of the connection. Raises Refusal."""
+        self.fields = {}
+        left, lines = 2 * MAX_LINE, 0   # bytes for all: 256 connections with 100 long lines each would be 1.6 GB
+        while (line := self.rfile.readline(MAX_LINE + 1)) not in (b"\r\n", b"\n"):
+            left, lines = left - len(line), lines + 1
+            if len(line) > MAX_LINE or left < 0 or lines > MAX_HEADERS:
+                raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers: too long or too many", closes=True)
+            match = HEADER_LINE.fullmatch(line)
+            if not match:
+                raise self.broken(line, "header line: must be NAME: VALUE")
+            self.fields.setdefault(match[1].decode().lower(), []).append(match[2].decode("latin-1").strip(" \t"))
         hosts = self.fields.get("host", [])   # RFC 9112 section 3.2
         if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
             raise Refusal(HTTPStatus.BAD_REQUEST, "Host header: must be there once", closes=True)
@@ -105,19 +118,6 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         # Unless we read it, a body must not be taken for the next request: close after the answer.
         has_body = "transfer-encoding" in self.fields or set(self.fields.get("content-length", ["0"])) != {"0"}
         self.close_connection = has_body or not self.keep_alive
-
-    def read_headers(self) -> None:
-        """Read the header lines up to the empty one."""
-        self.fields = {}
-        left, lines = 2 * MAX_LINE, 0   # bytes for all: 256 connections with 100 long lines each would be 1.6 GB
-        while (line := self.rfile.readline(MAX_LINE + 1)) not in (b"\r\n", b"\n"):
-            left, lines = left - len(line), lines + 1
-            if len(line) > MAX_LINE or left < 0 or lines > MAX_HEADERS:
-                raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers: too long or too many", closes=True)
-            match = HEADER_LINE.fullmatch(line)
-            if not match:
-                raise self.broken(line, "header line: must be NAME: VALUE")
-            self.fields.setdefault(match[1].decode().lower(), []).append(match[2].decode("latin-1").strip(" \t"))
 
     def broken(self, line: bytes, rule: str) -> Refusal:
         """The refusal of a line that breaks the rule, or of what has come of a request that broke off."""
@@ -201,7 +201,7 @@ def encode(value: object) -> bytes:
     But what would steer the terminal of someone who looks at it with curl stays escaped.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    return STEERING.sub(lambda found: json.dumps(found[0])[1:-1], text).encode() + b"\n"
+    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
 
 
 def for_log(line: bytes) -> str:
@@ -210,5 +210,7 @@ def for_log(line: bytes) -> str:
     Only two spaces stay: more could move what follows to where a line of the log begins.
     """
     text = line[:MAX_LOGGED + 2].decode("latin-1").rstrip("\r\n").encode("unicode_escape").decode().replace('"', r"\x22")
-    words = (text if len(text) <= MAX_LOGGED else text[:MAX_LOGGED] + "...").split(" ")
-    return " ".join([*words[:1], r"\x20".join(words[1:-1]), *words[-1:]] if len(words) > 2 else words)
+    words = text.split(" ")
+    if len(words) > 3:
+        text = " ".join([words[0], r"\x20".join(words[1:-1]), words[-1]])
+    return text if len(text) <= MAX_LOGGED else text[:MAX_LOGGED] + "..."

@@ -195,7 +195,7 @@ class TestWaits(ConnectionCase):
                 "a TLS record that comes byte by byte is answered with 408":
                     (10, self.trickle_record, (HALF, b"HTTP/1.1 408 ")),
                 "a response that nobody takes ends": (10, self.take_no_response, ()),
-                "a refused peer that stays is left": (2, self.stay_after, (None, ENDING_GET)),
+                "a refused peer that stays is left": (1, self.stay_after, (None, ENDING_GET)),
                 "a peer that stays after an error is left": (2, self.stay_after, ("client", b"rubbish\r\n")),
                 "a stalled request ends with the server that is told to stop": (5, self.stop_stalled, ()),
             }
@@ -543,7 +543,7 @@ class TestFullHouse(ConnectionCase):
     """Who is served when there are more connections than the server takes."""
 
     seconds = 10
-    FEW = {"connections.MAX_SERVED": 6, "connections.MAX_STRANGERS": 4}   # noqa: RUF012
+    FEW = {"connections.MAX_GUESTS": 6, "connections.MAX_STRANGERS": 4}   # noqa: RUF012
 
     def test_who_gives_way_to_an_allowed_client(self) -> None:
         """First whoever is not on the list, whatever it is doing; then the longest idle; a request never."""

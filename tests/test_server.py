@@ -566,7 +566,7 @@ class TestStart(unittest.TestCase):
         """A busy port, a host that is none or not of this machine."""
         with Server(lab()) as server:
             refusal = self.refusal(lab().run("server/server.py", "--port", str(server.port)))
-            self.assertIn("address already in use; stop the program that uses this port, or take another one in both "
+            self.assertIn("address already in use); stop the program that uses this port, or take another one in both "
                           "terminals: export MTLS_SERVER_PORT=8444", refusal)
             with Talk(server.connect()) as talk:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)

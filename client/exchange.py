@@ -99,15 +99,16 @@ def explain(error: Exception, url: str) -> str:
 
 def unusable(file: Path, error: OSError, ours: bool) -> str:
     """Why a certificate file, of ours or of the CA, cannot be used, and what to do; never to replace a CA."""
+    in_certs = file.parent.resolve() == CERTS
     if isinstance(error, PermissionError):
         try:
             owner = file.owner()
         except (KeyError, OSError, NotImplementedError):   # unknown, hidden, Windows
             owner = "another user"
         hint = f"it belongs to {owner}, who must let us read it (chmod or chown)"
-    elif not (CERTS / "ca.crt").exists():
+    elif in_certs and not (CERTS / "ca.crt").exists():
         hint = "make the certificates: bash certs/gen_certs.sh"
-    elif ours and file.parent.resolve() == CERTS and file.stem != "client":
+    elif in_certs and ours and file.stem != "client":
         hint = f"make it: bash certs/gen_certs.sh client {shlex.quote(file.stem)}"
     else:
         hint = "is this the right path?"

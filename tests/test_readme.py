@@ -379,7 +379,7 @@ class PageTest(unittest.TestCase):
             for before, block in zip([None, *one.blocks], one.blocks, strict=False):
                 if block.language == "text" and not (before and before.language == "bash" and not before.reason):
                     self.assertIn(one.title, DRAWINGS, f"line {block.line}")
-                    self.assertLessEqual(max(map(len, block.content.splitlines())), 90, f"line {block.line} is wide")
+                    self.assertLessEqual(max(map(len, block.content.splitlines())), 80, f"line {block.line} is wide")
 
     def test_links(self) -> None:
         """Every link within the page leads to a heading, and every file named in a link exists."""

@@ -3,8 +3,8 @@
 A ``bash`` block is run under a terminal of its own; a ``text`` block that follows one is what it
 must print, with ``...`` for what varies. A ``text server`` block is what the running server's
 terminal shows since the last such block. The blocks below one heading share a copy of the
-project; below "Testing Scenarios" each heading also starts on a fresh server. A block is left out
-only if the line before it says so and why.
+project; in "Testing Scenarios" and "Security Explanation" each heading also starts on a fresh
+server. A block is left out only if the line before it says so and why.
 """
 
 from __future__ import annotations
@@ -40,10 +40,9 @@ from tests.support import (
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
 NOT_RUN = {
-    "it needs this repository's address": 1,
     "it is the test command itself": 1,
     "it is the benchmark": 1,
-    "it needs Docker": 4,
+    "it needs Docker": 2,
     "it needs Windows": 1,
     "it needs a browser": 0,   # a list of clicks, not a block
 }
@@ -167,7 +166,7 @@ class Scene:
         self.terminals: list[Terminal] = []
         self.server: Terminal | None = None
         self.seen = 0
-        if of.chapter == "Testing Scenarios" and first and not first.starts_server:
+        if of.chapter in ("Testing Scenarios", "Security Explanation") and first and not first.starts_server:
             self.run(Block("bash", "python3 server/server.py\n", 0))
 
     def run(self, block: Block) -> str:
@@ -367,9 +366,9 @@ class PageTest(unittest.TestCase):
         self.assertEqual(re.findall(r'-v "\$PWD/(\S+):/mtls-lab/(\S+):ro"', commands),
                          [(file, file) for file in ["server", *files]])
         for line in ("docker build -f Dockerfile -t <dockerhub-user>/mtls-server:latest .",
-                     "docker run -d --rm --name mtls-server -p 8443:8443 <dockerhub-user>/mtls-server:latest",
-                     "docker push <dockerhub-user>/mtls-server:latest"):
+                     "docker run -d --rm --name mtls-server -p 8443:8443 <dockerhub-user>/mtls-server:latest"):
             self.assertIn(line + "\n", commands)
+        self.assertIn("`docker push <dockerhub-user>/mtls-server:latest`", README)
 
     def test_every_block_is_looked_at(self) -> None:
         """No block escapes the tests: none is indented, and each output follows its command."""

@@ -3,14 +3,13 @@
 A ``bash`` block is run under a terminal of its own; a ``text`` block that follows one is what it
 must print, with ``...`` for what varies. A ``text server`` block is what the running server's
 terminal shows since the last such block. The blocks below one heading share a copy of the
-project; in "Testing Scenarios" and "Security Explanation" each heading also starts on a fresh
-server. A block is left out only if the line before it says so and why.
+project. A block is left out only if the line before it says so and why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import doctest
-import json
 import os
 import re
 import shutil
@@ -23,8 +22,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests import load_tests  # noqa: F401  # side by side also when run alone
-from tests import test_mistakes
+from tests import load_tests, mistakes, test_mistakes  # noqa: F401  # load_tests: side by side also when alone
 from tests.support import (
     PATIENCE,
     ROOT,
@@ -45,9 +43,12 @@ NOT_RUN = {
     "it needs Docker": 2,
     "it needs Windows": 1,
     "it needs a browser": 0,   # a list of clicks, not a block
+    "it needs other people's programs": 0,
 }
 """The reasons for which a block may be left out, and how many are."""
 
+WITH_SERVER = ("Testing Scenarios", "Security Explanation", "Troubleshooting")
+"""The chapters in which each heading starts on a fresh server."""
 HANDSHAKES = ("The handshake in TLS 1.2", "The handshake in TLS 1.3")
 DRAWINGS = ("Folder Structure", "Ours has three rooms", *HANDSHAKES)
 """The sections that begin with a drawing: a ``text`` block that no command prints."""
@@ -166,11 +167,14 @@ class Scene:
         self.terminals: list[Terminal] = []
         self.server: Terminal | None = None
         self.seen = 0
-        if of.chapter in ("Testing Scenarios", "Security Explanation") and first and not first.starts_server:
+        if of.chapter in WITH_SERVER and first and not first.starts_server:
             self.run(Block("bash", "python3 server/server.py\n", 0))
 
     def run(self, block: Block) -> str:
         """Run a bash block; returns what it has shown when it ended or its server has started."""
+        if block.starts_server and self.server:   # as with the page's Ctrl+C
+            self.terminals.remove(self.server)
+            self.server.close()
         script = re.sub("8443|8444", lambda port: self.ports[port[0]], block.content)
         terminal = Terminal(["bash", "-ec", script], [("Export Password:", "secret\n")] * 4, self.root, self.env)
         self.terminals.append(terminal)
@@ -234,13 +238,11 @@ class CommandsTest(unittest.TestCase):
 
     def outcome(self, of: Section) -> int | AssertionError:
         """Run one section in a copy of its own; returns how many blocks it has run, or what failed."""
-        scene = Scene(of)
         try:
-            return self.play(scene, [block for block in of.blocks if not block.reason])
+            with contextlib.closing(Scene(of)) as scene:
+                return self.play(scene, [block for block in of.blocks if not block.reason])
         except AssertionError as error:
             return error
-        finally:
-            scene.close()
 
     def play(self, scene: Scene, some: list[Block]) -> int:
         """Run one section's blocks in order; returns how many."""
@@ -265,15 +267,11 @@ class CommandsTest(unittest.TestCase):
                 drawn = [(">>>" if ">|" in line else "<<<", message[1])
                          for line in section(title).blocks[0].content.splitlines()
                          if (message := re.search(r"\| *<?[-=]+ ([A-Z][A-Za-z]+) ", line))]
-                scene = Scene(Section("", "Testing Scenarios", "", [Block("bash", "true\n", 0)]))
-                try:
-                    shown = scene.run(Block("bash", (
-                        "openssl s_client -msg -connect 127.0.0.1:8443 -CAfile certs/ca.crt "
-                        f"-cert certs/client.crt -key certs/client.key {option} </dev/null 2>&1\n"), 0))
-                finally:
-                    scene.close()
-                seen = re.findall(r"^(>>>|<<<) .*Handshake \[length .*\], (\w+)", scene.in_usual_words(shown),
-                                  re.MULTILINE)
+                look = Block("bash", ("openssl s_client -msg -connect 127.0.0.1:8443 -CAfile certs/ca.crt -cert "
+                                      f"certs/client.crt -key certs/client.key {option} </dev/null 2>&1\n"), 0)
+                with contextlib.closing(Scene(Section("", WITH_SERVER[0], "", [look]))) as scene:
+                    shown = scene.in_usual_words(scene.run(look))
+                seen = re.findall(r"^(>>>|<<<) .*Handshake \[length .*\], (\w+)", shown, re.MULTILINE)
                 self.assertEqual(drawn, [message for message in seen if message[1] != "NewSessionTicket"])
 
 
@@ -291,27 +289,21 @@ class PageTest(unittest.TestCase):
     def test_settings_are_python_that_works(self) -> None:
         """The client's TLS settings are what a program can use as they are; the example is what Python returns."""
         example, client = [block.content for block in blocks("python")]
-        root = copy_of_project(with_certificates=True)
-
-        def python(script: str) -> str:
-            return subprocess.run([sys.executable, "-W", "error", "-c", script], cwd=root, env=environment(),
-                                  check=True, text=True, capture_output=True).stdout.strip()
-
-        python("import ssl, urllib.request\n" + client.replace("opener.open", "print"))
-        subject = python("import ssl; c = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER); "
-                         "c.load_verify_locations('certs/ca.crt'); print(c.get_ca_certs()[0]['subject'])")
+        script = "import ssl, urllib.request\n" + client.replace("opener.open", "print")
+        script += "\nprint(context.get_ca_certs()[0]['subject'])"
+        subject = subprocess.run([sys.executable, "-W", "error", "-c", script],
+                                 cwd=copy_of_project(with_certificates=True), env=environment(), check=True, text=True,
+                                 capture_output=True).stdout.splitlines()[-1]
         self.assertIn(f"'issuer': {subject}", example)
         self.assertIn(f"'subject': {subject.replace('mTLS Lab Root CA', 'mtls-client')}", example)
 
     def test_other_excerpts(self) -> None:
-        """Excerpts of the configuration and of a request are what the lab really has."""
+        """The excerpt of the configuration is what the lab really has, and no block is of another kind."""
         config = (ROOT / "certs" / "server.cnf").read_text()
         parts = re.findall(r"^\[ (?:req_ext|alt_names) \]\n(?:.+\n)+", config, re.MULTILINE)
         self.assertEqual([block.content for block in blocks("ini")], ["\n".join(parts)])
-        for block in blocks("json"):
-            self.assertEqual(json.loads(block.content), {"task": "Añadir endpoint POST", "done": False})
         self.assertEqual({block.language for one in sections() for block in one.blocks},
-                         {"bash", "text", "text server", "python", "ini", "json", "powershell"})
+                         {"bash", "text", "text server", "python", "ini", "powershell"})
 
     def test_folder_tree(self) -> None:
         """The tree shows the files that there are once the script has run, no more and no fewer."""
@@ -351,7 +343,8 @@ class PageTest(unittest.TestCase):
                 "a non-empty string of at most 1,000 characters", "more than 64 KiB", "The list is full: 1,000 items",
                 "| 408 | The request was not complete within 10 s |", "nested more than 100 levels deep",
                 "let running requests finish, for 5 s at most", "The list begins with five items",
-                "cut after 200 characters", "beyond 1,000 requests they are dropped"):
+                "cut after 200 characters", "beyond 1,000 requests they are dropped",
+                f"[{len(mistakes.EXPERIMENTS)} experiments](#common-mistakes)"):
             self.assertIn(claim, README)
         statuses = sorted(re.findall(r"\b[45]\d\d\b", " ".join(row[0] for row in table(section("Endpoints").text))))
         self.assertEqual(" ".join(statuses), "400 403 404 405 408 411 413 414 415 431 501 505 507")
@@ -388,11 +381,18 @@ class PageTest(unittest.TestCase):
                 self.assertTrue(link[1:] in anchors if link.startswith("#") else (ROOT / link).exists())
 
     def test_mistakes_table(self) -> None:
-        """The table has the experiments in their order, each with the messages that it really gives."""
-        rows = table(section("Common mistakes").text)
-        seen = {row[0]: tuple(message.strip("` ") for message in row[1].split("`; `")) for row in rows}
-        self.assertEqual(list(seen.items()), list(test_mistakes.EXPECTED.items()))
-        self.assertEqual({len(row) for row in rows}, {4})
+        """The table has the experiments in their groups, with what each really shows, its reason and its cure."""
+        seen, group = [], ""
+        for title, messages, *explanation in table(section("Common mistakes").text):
+            if not messages:
+                group = title.strip("*")
+                continue
+            seen.append((group, title, tuple(messages.strip("`").split("`; `")),
+                         *(cell.replace("`", "") for cell in explanation)))
+        self.assertEqual(seen, [(one.group, one.title, test_mistakes.EXPECTED[one.group][one.title], *one.explanation())
+                                for one in mistakes.EXPERIMENTS])
+        for words in re.findall(r"`python3 -m tests\.mistakes (.+?)`", README):
+            self.assertTrue(mistakes.chosen(words.split()), words)
 
     def test_sections(self) -> None:
         """Sections have the names and the order that the lab's users know; the quick start is on the first screen."""

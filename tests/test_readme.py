@@ -23,17 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests import load_tests, mistakes, test_mistakes  # noqa: F401  # load_tests: side by side also when alone
-from tests.support import (
-    PATIENCE,
-    ROOT,
-    Lab,
-    Terminal,
-    environment,
-    new_folder,
-    once,
-    prepared_path,
-    side_by_side,
-)
+from tests.support import PATIENCE, ROOT, Lab, Terminal, environment, new_folder, once, prepared_path, side_by_side
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
@@ -60,13 +50,16 @@ class Block:
 
     language: str
     content: str
-    line: int
+    line: int = 0
     reason: str | None = None
 
     @property
     def starts_server(self) -> bool:
         """Whether it ends with a server that goes on running."""
         return "server/server.py" in self.content.splitlines()[-1] or "serve_forever()" in self.content
+
+
+SERVER = Block("bash", "python3 server/server.py\n")
 
 
 @dataclass
@@ -144,21 +137,15 @@ def copy_of_project(with_certificates: bool) -> Path:
     return root
 
 
-def free_port() -> str:
-    """A port that was free just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
-
-
 class Scene:
     """One section at work: a copy of the project, ports, and the terminals that it has opened."""
 
-    def __init__(self, of: Section) -> None:
-        first = of.commands[0] if of.commands else None
-        makes_ca = first and re.match(r"bash certs/gen_certs\.sh( &&|\n)|openssl genrsa", first.content)
-        self.root = copy_of_project(with_certificates=not makes_ca)
-        self.ports = {"8443": free_port(), "8444": free_port()}
+    def __init__(self, with_certificates: bool = True) -> None:
+        self.root = copy_of_project(with_certificates)
+        with socket.socket() as one, socket.socket() as other:   # two ports that are free now
+            one.bind(("127.0.0.1", 0))
+            other.bind(("127.0.0.1", 0))
+            self.ports = {"8443": str(one.getsockname()[1]), "8444": str(other.getsockname()[1])}
         python = new_folder("python")   # python3 is the Python that runs the tests
         (python / "python3").symlink_to(sys.executable)
         # The second set of prepared keys: a CA made anew in a section has a new key, as in life.
@@ -167,8 +154,6 @@ class Scene:
         self.terminals: list[Terminal] = []
         self.server: Terminal | None = None
         self.seen = 0
-        if of.chapter in WITH_SERVER and first and not first.starts_server:
-            self.run(Block("bash", "python3 server/server.py\n", 0))
 
     def run(self, block: Block) -> str:
         """Run a bash block; returns what it has shown when it ended or its server has started."""
@@ -238,8 +223,12 @@ class CommandsTest(unittest.TestCase):
 
     def outcome(self, of: Section) -> int | AssertionError:
         """Run one section in a copy of its own; returns how many blocks it has run, or what failed."""
+        first = of.commands[0]
+        makes_ca = re.match(r"bash certs/gen_certs\.sh( &&|\n)|openssl genrsa", first.content)
         try:
-            with contextlib.closing(Scene(of)) as scene:
+            with contextlib.closing(Scene(with_certificates=not makes_ca)) as scene:
+                if of.chapter in WITH_SERVER and not first.starts_server:
+                    scene.run(SERVER)
                 return self.play(scene, [block for block in of.blocks if not block.reason])
         except AssertionError as error:
             return error
@@ -267,10 +256,11 @@ class CommandsTest(unittest.TestCase):
                 drawn = [(">>>" if ">|" in line else "<<<", message[1])
                          for line in section(title).blocks[0].content.splitlines()
                          if (message := re.search(r"\| *<?[-=]+ ([A-Z][A-Za-z]+) ", line))]
-                look = Block("bash", ("openssl s_client -msg -connect 127.0.0.1:8443 -CAfile certs/ca.crt -cert "
-                                      f"certs/client.crt -key certs/client.key {option} </dev/null 2>&1\n"), 0)
-                with contextlib.closing(Scene(Section("", WITH_SERVER[0], "", [look]))) as scene:
-                    shown = scene.in_usual_words(scene.run(look))
+                with contextlib.closing(Scene()) as scene:
+                    scene.run(SERVER)
+                    shown = scene.in_usual_words(scene.run(Block("bash", (
+                        "openssl s_client -msg -connect 127.0.0.1:8443 -CAfile certs/ca.crt -cert certs/client.crt "
+                        f"-key certs/client.key {option} </dev/null 2>&1\n"))))
                 seen = re.findall(r"^(>>>|<<<) .*Handshake \[length .*\], (\w+)", shown, re.MULTILINE)
                 self.assertEqual(drawn, [message for message in seen if message[1] != "NewSessionTicket"])
 
@@ -345,7 +335,7 @@ class PageTest(unittest.TestCase):
                 "let running requests finish, for 5 s at most", "The list begins with five items",
                 "cut after 200 characters", "beyond 1,000 requests they are dropped",
                 f"[{len(mistakes.EXPERIMENTS)} experiments](#common-mistakes)"):
-            self.assertIn(claim, README)
+            self.assertTrue(claim in README, f"not on the page: {claim}")
         statuses = sorted(re.findall(r"\b[45]\d\d\b", " ".join(row[0] for row in table(section("Endpoints").text))))
         self.assertEqual(" ".join(statuses), "400 403 404 405 408 411 413 414 415 431 501 505 507")
 
@@ -361,7 +351,7 @@ class PageTest(unittest.TestCase):
         for line in ("docker build -f Dockerfile -t <dockerhub-user>/mtls-server:latest .",
                      "docker run -d --rm --name mtls-server -p 8443:8443 <dockerhub-user>/mtls-server:latest"):
             self.assertIn(line + "\n", commands)
-        self.assertIn("`docker push <dockerhub-user>/mtls-server:latest`", README)
+        self.assertTrue("`docker push <dockerhub-user>/mtls-server:latest`" in README)
 
     def test_every_block_is_looked_at(self) -> None:
         """No block escapes the tests: none is indented, and each output follows its command."""

@@ -634,21 +634,6 @@ class TestStart(unittest.TestCase):
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         self.assertIn("MTLS_SERVER_PORT", result.stdout)
 
-    def test_an_old_python(self) -> None:
-        """It says in one line which Python it needs."""
-        folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep) if "shims" not in folder]
-        folders += Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/*/bin")
-        old = [folder / f"python3.{minor}" for minor in range(6, 10) for folder in folders
-               if (folder / f"python3.{minor}").exists()]
-        if not old:
-            self.skipTest("needs a Python older than 3.10")
-        for python in old:
-            with self.subTest(python=python):
-                result = subprocess.run([python, lab().root / "server" / "server.py"], env=environment(), check=False,
-                                        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
-                self.assertRegex(result.stderr, r"^server\.py: needs Python 3\.10 or newer, this is 3\.\d\.\d+\n$")
-                self.assertEqual((result.returncode, result.stdout), (1, ""))
-
 
 class TestOutputAndStop(ServerCase):
     """From the greeting to "Stopped."."""

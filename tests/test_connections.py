@@ -243,7 +243,7 @@ class TestWaits(ConnectionCase):
             talk.send(ENDING_GET)
             self.assertIn(b"HTTP/1.1 200 ", hear(talk.connection))
 
-    def take_no_response(self, _: Server) -> None:
+    def take_no_response(self, _server: Server) -> None:
         with self.serving() as server:
             with Talk(server.connect()) as talk:
                 for _ in range(200):
@@ -275,7 +275,7 @@ class TestWaits(ConnectionCase):
                 time.sleep(0.05)
         self.fail("the server should have left")
 
-    def stop_stalled(self, _: Server) -> None:
+    def stop_stalled(self, _server: Server) -> None:
         with Server(lab()) as server, Talk(server.connect()) as talk:
             begin_post(talk)
             self.assertEqual(server.stop(), 0)

@@ -11,7 +11,6 @@ import os
 import pty
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -275,7 +274,7 @@ class Lines:
         return self.now()
 
 
-class Server:
+class Server(contextlib.AbstractContextManager["Server"]):
     """A running ``server.py``. Use it as a context manager: it is ended on the way out.
 
     It listens on a free port, unless ``port`` is None: then the environment says which. ``ulimit``
@@ -312,9 +311,6 @@ class Server:
         self.port = int(next(line for line in lines if "listening on" in line).rpartition(":")[2])
         self.url = f"https://127.0.0.1:{self.port}/todo"
         self.at_rest = self.descriptors()
-
-    def __enter__(self) -> Server:
-        return self
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
@@ -399,7 +395,7 @@ class Answer:
         return json.loads(self.body)
 
 
-class Talk:
+class Talk(contextlib.AbstractContextManager["Talk"]):
     """A TLS connection that is read answer by answer, also when several arrive together.
 
     Use it as a context manager: it is closed on the way out.
@@ -408,9 +404,6 @@ class Talk:
     def __init__(self, connection: ssl.SSLSocket) -> None:
         self.connection = connection
         self.file = connection.makefile("rb")
-
-    def __enter__(self) -> Talk:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -430,7 +423,7 @@ class Talk:
         return self.answer(method)
 
 
-class Wire:
+class Wire(contextlib.AbstractContextManager["Wire"]):
     """A TLS client whose bytes the test carries itself, and so can hold back or send one by one.
 
     Use it as a context manager: it is closed on the way out.
@@ -440,9 +433,6 @@ class Wire:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = server.context(certificate).wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
         self.plain = server.connect_plain()
-
-    def __enter__(self) -> Wire:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.plain.close()
@@ -571,6 +561,7 @@ class Terminal:
                                         env=environment(env), stdin=follower, stdout=follower, stderr=follower,
                                         start_new_session=True)
         os.close(follower)
+        os.set_blocking(self._leader, False)   # select() takes no number over 1,023, which we may have
         self.unanswered = list(answers)
         self._shown, self._seen = b"", 0
         self._changed = threading.Condition()
@@ -580,15 +571,19 @@ class Terminal:
     def _collect(self) -> None:
         with contextlib.suppress(OSError):   # Linux: the last holder of the terminal has closed it
             while True:
+                ended = self.process.poll() is not None   # asked first: what it has written before can be read
                 self._answer()
-                if select.select([self._leader], [], [], 0.01)[0]:
+                try:
                     if not (data := os.read(self._leader, 65536)):
                         return
-                    with self._changed:
-                        self._shown += data
-                        self._changed.notify_all()
-                elif self.process.poll() is not None:
-                    return
+                except BlockingIOError:   # nothing is there
+                    if ended:
+                        return
+                    time.sleep(0.01)
+                    continue
+                with self._changed:
+                    self._shown += data
+                    self._changed.notify_all()
 
     def _answer(self) -> None:
         while self.unanswered and (at := self._shown.find(self.unanswered[0][0].encode(), self._seen)) >= 0:

@@ -184,10 +184,10 @@ class TestWhoMayComeIn(HttpCase):
             "a SAN that is not UTF-8": ("/CN=mtls-client", None),
         }
         for what, (subject, _) in certificates.items():
-            extensions = "extendedKeyUsage = clientAuth" + "\nsubjectAltName = email:aa" * ("SAN" in what)
-            issue(lab(), what, subject, extensions)
+            issue(lab(), what, subject, "extendedKeyUsage = clientAuth\nsubjectAltName = email:a@example.org\n"
+                                        "nsComment = " + "x" * 200)   # so that the length of all takes two bytes
         sign_again("a common name that is a sequence", rb".(\x05\x0c\x03abc)", rb"0\1")   # "0" is the tag of SEQUENCE
-        sign_again("a SAN that is not UTF-8", rb"(\x81\x02)aa", b"\\1\xff\xff")
+        sign_again("a SAN that is not UTF-8", rb"a@(example\.org)", b"\xff@\\1")
         with self.serving() as server:
             for what, (_, name) in certificates.items():
                 with self.subTest(f"a certificate with {what} is forbidden"), Talk(server.connect(what)) as talk:
@@ -438,7 +438,7 @@ class TestLog(ServerCase):
     def test_no_peer_can_forge_a_line_or_drive_a_terminal(self) -> None:
         """Control characters are escaped in a task and in a common name (for request lines see test_strict_http)."""
         forged = "[SERVER] FORGED | all is well"
-        name = "nasty\r\n" + forged + "\x1b[2J\x9b\u202e\u2028\n"
+        name = "nasty\r\n" + forged + "\x1b[2J\x9b\u202e\u2028|"
         issue(lab(), "nasty", f"/CN={name}")
         bad = ("\n", "\r\n", "\r", "\x1b[2J\x1b]0;x\x07", "\x00", "\x08\x08", "\x7f", "\x85", "\x9b2J", "\t", "\x0b",
                "\xa0", "\xad", "\u2028", "\u2029", "\u202e", "\ufeff", "\U000e0001")
@@ -479,7 +479,7 @@ class TestLog(ServerCase):
                 self.assertTrue("REQUEST" not in line or "serving" in following, "an entry is logged or dropped whole")
 
     def test_stop_with_a_log_that_nobody_reads(self) -> None:
-        """It ends in time, also if stdout is the same stuck pipe."""
+        """It ends in time, also if stdout is the same stuck pipe, and a request runs."""
         for one_pipe in (False, True):
             with (self.subTest(one_pipe=one_pipe), Server(lab(), one_pipe=one_pipe) as server,
                   Talk(server.connect()) as talk):
@@ -487,6 +487,8 @@ class TestLog(ServerCase):
                 for _ in range(20):
                     talk.send(request("GET", "/todo") * 100)
                     self.assertEqual({talk.answer().status for _ in range(100)}, {200})
+                talk.send(request("POST", "/todo", b"{}", Expect="100-continue")[:-2])
+                self.assertEqual(talk.file.readline(), b"HTTP/1.1 100 Continue\r\n")
                 started = time.monotonic()
                 self.assertEqual(server.stop(), 0)
                 self.assertLess(time.monotonic() - started, 12, "5 s are promised")
@@ -553,20 +555,20 @@ class TestStart(unittest.TestCase):
 
     def test_dates(self) -> None:
         """With a certificate that has expired or is not valid yet it starts, and says that clients will refuse it."""
-        for words, start, end in (("expired", "20200101000000Z", "20200201000000Z"),
-                                  ("not.*valid", "20490101000000Z", "20490201000000Z")):
+        for words, start, end in (("certificate has expired", "20200101000000Z", "20200201000000Z"),
+                                  ("certificate is not yet valid", "20490101000000Z", "20490201000000Z")):
             of = copy_of_lab("dates")
             issue(of, "server", "/CN=localhost", "subjectAltName = IP:127.0.0.1", start, end)
             with self.subTest(words), Server(of) as server:
                 line, = server.stderr.wait_for("WARNING")
-                self.assertRegex(line, rf"^\[SERVER\] WARNING: .*server\.crt.*{words}.*: clients will refuse it; .+")
+                self.assertRegex(line, rf"^\[SERVER\] WARNING: .*server\.crt.*{words}: clients will refuse it; .+")
                 self.assertRaisesRegex(ssl.SSLCertVerificationError, words, server.connect)
 
     def test_port_and_host(self) -> None:
         """A busy port, a host that is none or not of this machine."""
         with Server(lab()) as server:
             refusal = self.refusal(lab().run("server/server.py", "--port", str(server.port)))
-            self.assertIn("address already in use); stop the program that uses this port, or take another one in both "
+            self.assertIn("(address already in use); stop the program that uses this port, or take another one in both "
                           "terminals: export MTLS_SERVER_PORT=8444", refusal)
             with Talk(server.connect()) as talk:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)
@@ -631,21 +633,6 @@ class TestStart(unittest.TestCase):
         result = lab().run("server/server.py", "--help")
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         self.assertIn("MTLS_SERVER_PORT", result.stdout)
-
-    def test_an_old_python(self) -> None:
-        """It says in one line which Python it needs."""
-        folders = [Path(folder) for folder in os.environ["PATH"].split(os.pathsep) if "shims" not in folder]
-        folders += Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/*/bin")
-        old = [folder / f"python3.{minor}" for minor in range(6, 10) for folder in folders
-               if (folder / f"python3.{minor}").exists()]
-        if not old:
-            self.skipTest("needs a Python older than 3.10")
-        for python in old:
-            with self.subTest(python=python):
-                result = subprocess.run([python, lab().root / "server" / "server.py"], env=environment(), check=False,
-                                        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=PATIENCE)
-                self.assertRegex(result.stderr, r"^server\.py: needs Python 3\.10 or newer, this is 3\.\d\.\d+\n$")
-                self.assertEqual((result.returncode, result.stdout), (1, ""))
 
 
 class TestOutputAndStop(ServerCase):

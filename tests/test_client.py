@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
-from tests import load_tests  # noqa: F401
+from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import (
     PATIENCE,
     Lab,

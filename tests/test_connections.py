@@ -22,7 +22,7 @@ from concurrent.futures import TimeoutError as NoResult
 from pathlib import Path
 from typing import Any
 
-from tests import load_tests  # noqa: F401
+from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import (
     DESCRIPTORS,
     PATIENCE,

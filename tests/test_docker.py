@@ -13,7 +13,7 @@ import unittest
 import uuid
 from pathlib import Path
 
-from tests import load_tests  # noqa: F401
+from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import PATIENCE, ROOT, Lab, Server, lab, once
 
 

@@ -22,8 +22,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from tests import load_tests, mistakes, test_mistakes  # noqa: F401  # load_tests: side by side also when alone
-from tests.support import PATIENCE, ROOT, Lab, Terminal, environment, new_folder, once, prepared_path, side_by_side
+from tests import mistakes, test_mistakes
+from tests import side_by_side as load_tests  # noqa: F401  # load_tests: side by side also when alone
+from tests.support import (
+    PATIENCE,
+    ROOT,
+    Lab,
+    Terminal,
+    environment,
+    new_folder,
+    once,
+    prepared_path,
+    side_by_side,
+)
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")

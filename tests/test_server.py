@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from tests import load_tests  # noqa: F401
+from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import (
     PATIENCE,
     Lab,

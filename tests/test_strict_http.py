@@ -12,7 +12,7 @@ import unittest
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from tests import load_tests  # noqa: F401
+from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import (
     Answer,
     Server,

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import unittest
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ SOURCES = ["ca.cnf", "client.cnf", "gen_certs.sh", "server.cnf"]
 MADE = ["ca.crt", "ca.key", "ca.srl", "client.crt", "client.csr", "client.key", "client.pfx",
         "server.crt", "server.csr", "server.key"]
 KINDS = ("crt", "csr", "key", "pfx")
+ZOE = tuple(f"zoe.{kind}" for kind in KINDS)
 PASSWORD = "it's \"from\" $HOME & 100% `env`; \\n ñ"
 
 # The description's commands, and a check of the PFX, each with the step that is announced before it.
@@ -84,6 +85,14 @@ os.execvp(sys.argv[2], sys.argv[2:])"""
 # --- Runs under observation ----------------------------------------------------------------
 
 
+def tool(name: str, path: str, text: str) -> str:
+    """The PATH with a command of our own (sh) in front."""
+    folder = new_folder("tool")
+    (folder / name).write_text(f"#!/bin/sh\n{text}", encoding="utf-8")
+    (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{path}"
+
+
 @once
 def watched_path() -> str:
     """`prepared_path` with an openssl in front that notes each call in $WATCH/calls.
@@ -95,9 +104,7 @@ def watched_path() -> str:
     prepared = prepared_path()
     real = shutil.which("openssl", path=prepared)
     assert real
-    folder = new_folder("watched")
-    fake = folder / "openssl"
-    fake.write_text(f"""#!/bin/sh
+    return tool("openssl", prepared, f"""
 read -r count <"$WATCH/count"
 count=$((count + 1))
 echo "$count" >"$WATCH/count"
@@ -121,9 +128,7 @@ case "$1 $*" in
   *-enddate*) echo "notAfter=Jan  1 00:00:00 2030 GMT" ;;
   verify*) echo "$argument: OK" ;;
 esac
-""", encoding="utf-8")
-    fake.chmod(0o755)
-    return f"{folder}{os.pathsep}{prepared}"
+""")
 
 
 @once
@@ -146,20 +151,14 @@ def path_without(*names: str) -> str:
     return str(folder)
 
 
-def meddling(tool: str, before: str = ":", after: str = ":") -> str:
-    """A PATH whose ``tool`` does something (sh) before or after its work, once $WATCH/armed exists."""
-    folder = new_folder("meddling")
-    real = shutil.which(tool)
-    assert real
-    wrapper = folder / tool
-    wrapper.write_text(f"""#!/bin/sh
+def meddling(name: str, before: str = ":", after: str = ":") -> str:
+    """A PATH whose ``name`` does something (sh) before or after its work, once $WATCH/armed exists."""
+    return tool(name, watched_path(), f"""
 [ ! -e "$WATCH/armed" ] || {{ {before}; }}
-{shlex.quote(real)} "$@"; code=$?
+{shutil.which(name)} "$@"; code=$?
 [ ! -e "$WATCH/armed" ] || {{ {after}; }}
 exit $code
-""", encoding="utf-8")
-    wrapper.chmod(0o755)
-    return f"{folder}{os.pathsep}{watched_path()}"
+""")
 
 
 def watch(at: int = 0, action: str = ":", variables: Mapping[str, str] | None = None,
@@ -170,6 +169,16 @@ def watch(at: int = 0, action: str = ":", variables: Mapping[str, str] | None = 
     return folder, {"PATH": watched_path(), "PREPARED_SET": "second", "MTLS_PFX_PASSWORD": "secret",
                     "WATCH": str(folder), "WATCH_AT": str(at), "WATCH_ACTION": action,
                     "WATCH_READY": str(ready_set()) if fast else "", **(variables or {})}
+
+
+def on_terminal(of: Lab, answers: Sequence[tuple[str, str]] = (), name: str = "", password: str = "", ostype: str = "",
+                at: int = 0, action: str = ":") -> tuple[int, str, Path]:
+    """A run on a terminal, with MTLS_PFX_PASSWORD: exit code, what was to be seen, and the folder for `calls`."""
+    folder, env = watch(at, action, {"MTLS_PFX_PASSWORD": password, **({"OSTYPE": ostype} if ostype else {})})
+    (folder / "hold").touch()
+    code, shown = in_terminal([sys.executable, "-ISc", START, "", "bash", str(of.certs / "gen_certs.sh"),
+                               *(("client", name) if name else ())], answers, env=env)
+    return code, shown, folder
 
 
 class Run:
@@ -253,7 +262,10 @@ def with_set() -> Lab:
     return made
 
 
-def contents(of: Lab) -> dict[str, tuple[str, bytes]]:
+Contents = dict[str, tuple[str, bytes]]
+
+
+def contents(of: Lab) -> Contents:
     """Mode and bytes of all there is in the lab's certs folder, hidden or not."""
     return {path.relative_to(of.certs).as_posix(): (stat.filemode(path.lstat().st_mode),
                                                    path.read_bytes() if path.is_file() else b"")
@@ -280,13 +292,9 @@ def verify(*arguments: str | Path) -> str:
 
 
 def verifies(of: Lab, *names: str) -> bool:
-    """Whether these certificates are the CA's of now, and the keys are theirs."""
-    for name in names:
-        try:
-            of.context(name)
-        except OSError:
-            return False
-    return all(verify("-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt") == "OK" for name in names)
+    """Whether these certificates are the CA's of now. A key that is not theirs: SSLError."""
+    return all(of.context(name) and verify("-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt") == "OK"
+               for name in names)
 
 
 def serial(certificate: Path) -> int:
@@ -297,26 +305,16 @@ def serial(certificate: Path) -> int:
 class GenCertsCase(unittest.TestCase):
     """What the tests below share."""
 
-    def assert_untouched(self, of: Lab, before: dict[str, tuple[str, bytes]]) -> None:
-        """Everything in certs/ is byte for byte what it was, modes included, and nothing new is there."""
+    def assert_changed(self, of: Lab, before: Contents, *names: str) -> None:
+        """In certs/, modes included, these files are changed or new, and no others."""
         now = contents(of)
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        self.assertEqual(changed, [], "files in certs/ that were added, removed or changed")
+        self.assertEqual(changed, sorted(names), "files in certs/ that were added, removed or changed")
 
-    def assert_replaced(self, of: Lab, before: dict[str, tuple[str, bytes]]) -> None:
+    def assert_replaced(self, of: Lab, before: Contents) -> None:
         """The whole set is new and verifies; all else in certs/ is as it was."""
-        now = contents(of)
-        kept = [name for name in MADE if now.get(name) == before.get(name)]
-        self.assertEqual(kept, [], "files of the former set that are still there")
-        others = {name for name in {*before, *now} if name not in MADE and before.get(name) != now.get(name)}
-        self.assertEqual(others, set(), "files beside the set that were added, removed or changed")
+        self.assert_changed(of, before, *MADE)
         self.assertTrue(verifies(of, "server", "client"), "the new set does not verify")
-
-    def assert_only_zoe_is_new(self, of: Lab, before: dict[str, tuple[str, bytes]]) -> None:
-        """All is as it was, but for zoe's files and the serial number."""
-        now = contents(of)
-        self.assertEqual({name for name in {*before, *now} if before.get(name) != now.get(name)},
-                         {"ca.srl", *(f"zoe.{kind}" for kind in KINDS)})
 
     def assert_refused(self, says: str, of: Lab, *arguments: str, code: int = 1, **options: Any) -> Run:
         """It ends with this code, says these lines (a pattern) and nothing else, and touches nothing."""
@@ -324,7 +322,7 @@ class GenCertsCase(unittest.TestCase):
         run = Run(of, *arguments, **options).wait()
         self.assertEqual((run.code, run.stdout), (code, ""), run.stderr)
         self.assertRegex(run.stderr, rf"\A{says}\n\Z")
-        self.assert_untouched(of, before)
+        self.assert_changed(of, before)
         return run
 
 
@@ -419,7 +417,7 @@ class OneMoreClient(GenCertsCase):
         self.assertEqual({name: mode for name, (mode, _) in now.items() if name not in before},
                          {"zoe.key": "-rw-------", "zoe.pfx": "-rw-------", "zoe.crt": "-rw-r--r--",
                           "zoe.csr": "-rw-r--r--"})
-        self.assert_only_zoe_is_new(ready, before)
+        self.assert_changed(ready, before, "ca.srl", *ZOE)
         self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
         for _, arguments in calls(run.folder):
             self.assertNotIn("-subj", arguments, "LibreSSL would ignore it and issue a second mtls-client")
@@ -694,19 +692,17 @@ class Password(GenCertsCase):
         first, second = "Enter Export Password:", "Verifying - Enter Export Password:"
         differ, empty = "gen_certs.sh: the two passwords were not the same\n", "gen_certs.sh: the password must not be empty\n"
         ready = with_set()
-        for number, (name, typed, complaints) in enumerate((
+        for name, typed, complaints in (
             ("", "typed $ecret,typed $ecret", ""), ("a", "typed $ecret,typed $ecret", ""),
             ("b", "typed one,typed two,typed $ecret,typed $ecret", differ),
             ("c", ",,typed $ecret,typed $ecret", empty),
             ("d", ",,typed one,typed two,typed $ecret,typed $ecret", empty + differ),
             ("", "typed one,typed two,,,typed one,", differ + empty + differ), ("e", ",,,,,", empty * 3),
-        )):
+        ):
             with self.subTest(f"gen_certs.sh {name and 'client ' + name}: typed is {typed!r}"):
                 before = contents(ready)
-                folder, env = watch(variables={"MTLS_PFX_PASSWORD": ""})
                 answers = [((first, second)[at % 2], f"{text}\n") for at, text in enumerate(typed.split(","))]
-                command = ["bash", str(ready.certs / "gen_certs.sh"), *(("client", name) if name else ())]
-                code, shown = in_terminal(command, answers, env=env)
+                code, shown, folder = on_terminal(ready, answers, name)
                 said = [line for line in shown.splitlines() if line.startswith("gen_certs.sh: ")]
                 self.assertNotIn("typed", shown)
                 self.assertNotIn("Can't read", shown, "what openssl says of it")
@@ -718,13 +714,12 @@ class Password(GenCertsCase):
                 else:
                     self.assertEqual((code, said[:-1]), (1, complaints.splitlines()), shown)
                     self.assertRegex(said[-1], "^gen_certs.sh: no password after 3 attempts; .* unchanged$")
-                    self.assert_untouched(ready, before)
+                    self.assert_changed(ready, before)
 
     def test_taken_from_the_variable(self) -> None:
         """MTLS_PFX_PASSWORD is used as it is, with and without a terminal, and not printed."""
         ready = with_set()
-        folder, env = watch(variables={"MTLS_PFX_PASSWORD": PASSWORD})
-        code, shown = in_terminal(["bash", str(ready.certs / "gen_certs.sh"), "client", "zoe"], env=env)
+        code, shown, folder = on_terminal(ready, name="zoe", password=PASSWORD)
         self.assertEqual(code, 0, shown)
         made, run = first_run()
         for pfx, output, noted in ((made.certs / "client.pfx", run.stdout, run.folder),
@@ -755,10 +750,9 @@ class Password(GenCertsCase):
     def test_git_bash(self) -> None:
         """There it is made up, also on a terminal, and has no CR of a Windows openssl; python is called python."""
         ready = with_set()
-        _, env = watch(action='case "$*" in rand*) printf "s3cret\\r\\n" >"$4"; exit ;; '
-                              '*-enddate*) printf "notAfter=then\\r\\n"; exit ;; esac',
-                       variables={"MTLS_PFX_PASSWORD": "", "OSTYPE": "msys"})
-        code, shown = in_terminal(["bash", str(ready.certs / "gen_certs.sh"), "client", "zoe"], env=env)
+        windows = ('case "$*" in rand*) printf "s3cret\\r\\n" >"$4"; exit ;; '
+                   '*-enddate*) printf "notAfter=then\\r\\n"; exit ;; esac')
+        code, shown, _ = on_terminal(ready, name="zoe", ostype="msys", action=windows)
         self.assertEqual(code, 0, shown)
         self.assertTrue(shown.endswith(
             "Made certs/zoe.crt, .key, .csr and .pfx, CN zoe, valid until then.\n"
@@ -791,7 +785,7 @@ class NothingLost(GenCertsCase):
         with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {what}"):
             run = Run(self.ready, *arguments, fast=fast, **options).wait()
             self.assertEqual(run.code, code, run.stderr)
-            self.assert_untouched(self.ready, self.before)
+            self.assert_changed(self.ready, self.before)
         return run
 
     def test_openssl_fails(self) -> None:
@@ -853,16 +847,13 @@ class NothingLost(GenCertsCase):
                                (99, "instead of the password", prompt),
                                (99, "instead of its confirmation", f"Verifying - {prompt}")):
             with self.subTest(f"Ctrl+C {what}"):
-                folder, env = watch(at, f"echo held >/dev/tty; {HOLD}", {"MTLS_PFX_PASSWORD": ""})
-                (folder / "hold").touch()
                 first = [(prompt, "typed\n")] if text.startswith("Verifying") else []
                 # The newline is for an openssl that was hit just before it began to read: it reads on all the same.
-                code, shown = in_terminal([sys.executable, "-ISc", START, "", "bash",
-                                           str(self.ready.certs / "gen_certs.sh")],
-                                          [*first, (text, "\x03\n")], env=env)
+                code, shown, _ = on_terminal(self.ready, [*first, (text, "\x03\n")], at=at,
+                                             action=f"echo held >/dev/tty; {HOLD}")
                 self.assertEqual(code, 130, shown)
                 self.assertNotIn("same", shown)
-                self.assert_untouched(self.ready, self.before)
+                self.assert_changed(self.ready, self.before)
 
     def test_killed(self) -> None:
         """kill -9 changes nothing either; what it leaves is for its owner alone, and the next run removes it."""
@@ -890,7 +881,7 @@ class NothingLost(GenCertsCase):
                 now = contents(self.ready)
                 self.assertNotEqual({name: now.get(name) for name in self.before}, self.before, "not half a move")
                 self.assertEqual(Run(self.ready, "client", "zoe", fast=True).wait().code, 0)
-                self.assert_only_zoe_is_new(self.ready, self.before)
+                self.assert_changed(self.ready, self.before, "ca.srl", *ZOE)
 
     def test_a_move_that_fails(self) -> None:
         """A file that cannot be replaced, or put in place, is named, and what was moved already goes back."""
@@ -955,10 +946,6 @@ class OneAtATime(GenCertsCase):
         paths = {"flock": watched_path(), "perl": path_without("flock")}
         return {tool: path for tool, path in paths.items() if shutil.which(tool)}
 
-    def holds(self, run: Run) -> bool:
-        """Whether it is at call 6."""
-        return len(calls(run.folder)) == 6
-
     def test_two_runs(self) -> None:
         """The second says that another is running, and changes nothing; the first is not disturbed."""
         self.assertTrue(self.locks(), "neither flock nor perl is there")
@@ -968,7 +955,7 @@ class OneAtATime(GenCertsCase):
                 before = contents(ready)
                 first = Run(ready, at=6, action=HOLD, hold=True, fast=True, env={"PATH": path})
                 self.addCleanup(first.end)
-                eventually(functools.partial(self.holds, first), "the first run holds")
+                eventually(lambda: len(calls(first.folder)) == 6, "the first run holds")   # noqa: B023
                 for arguments in ((), ("client", "zoe")):
                     self.assert_refused("gen_certs.sh: another run is at work .*", ready, *arguments, fast=True,
                                         env={"PATH": path})
@@ -995,7 +982,7 @@ class OneAtATime(GenCertsCase):
                 finally:
                     killed.release()
                     eventually((killed.folder / "over").exists, "the killed run's openssl has ended")
-                self.assert_only_zoe_is_new(ready, before)
+                self.assert_changed(ready, before, "ca.srl", *ZOE)
 
 
 class Style(unittest.TestCase):
@@ -1030,15 +1017,6 @@ def text(certificate: Path) -> str:
     return openssl("x509", "-text", "-noout", "-in", certificate)
 
 
-def field(certificate: Path, pattern: str) -> str:
-    """The first group of the pattern in the certificate's text."""
-    shown = text(certificate)
-    found = re.search(pattern, shown)
-    if not found:
-        raise AssertionError(f"no {pattern!r} in {shown}")
-    return found[1].strip()
-
-
 def extensions(certificate: Path) -> dict[str, tuple[bool, str]]:
     """Name -> (critical, value). OpenSSL before 3 writes "keyid:" before an authority's key."""
     block = text(certificate).partition("X509v3 extensions:\n")[2]
@@ -1056,14 +1034,15 @@ def handshake(server: ssl.SSLContext, client: ssl.SSLContext, name: str = "local
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     waiting = [client.wrap_bio(to_client, to_server, server_hostname=name),
                server.wrap_bio(to_server, to_client, server_side=True)]
-    while waiting:
+    for _ in range(10):
         for end in list(waiting):
             with contextlib.suppress(ssl.SSLWantReadError):
                 end.do_handshake()
                 waiting.remove(end)
+    assert not waiting, "the handshake does not come to an end"
 
 
-class Contents(unittest.TestCase):
+class Profile(unittest.TestCase):
     """What is written in them."""
 
     def test_extensions(self) -> None:
@@ -1083,41 +1062,26 @@ class Contents(unittest.TestCase):
             with self.subTest(f"the extensions of {name}.crt"):
                 found = extensions(file(f"{name}.crt"))
                 self.assertEqual(found, expected | {SUBJECT: (False, key_of[name])})
-        for name, key in key_of.items():
-            with self.subTest(f"the subject key identifier of {name}.crt is a SHA-1 hash"):
-                self.assertRegex(key, r"^([0-9A-F]{2}:){19}[0-9A-F]{2}$")
+        for key in key_of.values():
+            self.assertRegex(key, r"^([0-9A-F]{2}:){19}[0-9A-F]{2}$", "a SHA-1 hash")
         self.assertEqual(len(set(key_of.values())), 4, "each key has an identifier of its own")
 
-    def test_names(self) -> None:
-        """Each subject is one common name, in UTF-8; the CA issues all, itself included."""
-        for name, subject in {"ca": "mTLS Lab Root CA", "server": "localhost", "client": "mtls-client",
-                              "alice": "alice"}.items():
-            with self.subTest(f"the names in {name}.crt"):
-                self.assertRegex(field(file(f"{name}.crt"), r"Subject:(.*)"), rf"^CN ?= ?{subject}$")
-                self.assertRegex(field(file(f"{name}.crt"), r"Issuer:(.*)"), r"^CN ?= ?mTLS Lab Root CA$")
-                structure = openssl("asn1parse", "-in", file(f"{name}.crt"))
-                self.assertRegex(structure, rf"UTF8STRING +:{subject}\n")
-
-    def test_validity(self) -> None:
-        """The CA is valid for 3650 days, what it issues for 365; both from now on."""
-        for name, days in {"ca": 3650, "server": 365, "client": 365, "alice": 365}.items():
-            with self.subTest(f"{name}.crt is valid for {days} days"):
-                shown = openssl("x509", "-noout", "-dates", "-in", file(f"{name}.crt"))
-                start, end = (ssl.cert_time_to_seconds(line.partition("=")[2]) for line in shown.splitlines())
-                self.assertEqual(end - start, days * 24 * 3600)
-                made = file(f"{name}.crt").stat().st_mtime
-                self.assertTrue(-2 <= made - start <= 60, f"valid from {start}, made at {made}")
-
-    def test_keys(self) -> None:
-        """RSA of 4096 bits for the CA, 2048 for the others; SHA-256; key, CSR and certificate belong together."""
-        for name, bits in {"ca": 4096, "server": 2048, "client": 2048, "alice": 2048}.items():
-            with self.subTest(f"the key of {name}.crt"):
+    def test_fields(self) -> None:
+        """One common name in UTF-8, the CA issues all; RSA and SHA-256; days; key, CSR and certificate are a set."""
+        for name, subject, bits, days in (("ca", "mTLS Lab Root CA", 4096, 3650), ("server", "localhost", 2048, 365),
+                                          ("client", "mtls-client", 2048, 365), ("alice", "alice", 2048, 365)):
+            with self.subTest(f"{name}.crt"):
                 certificate = file(f"{name}.crt")
-                self.assertEqual(field(certificate, r"Public-Key: \((\d+) bit\)"), str(bits))
-                self.assertEqual(field(certificate, r"Public Key Algorithm: (.*)"), "rsaEncryption")
+                for line in (rf"Subject: ?CN ?= ?{subject}", "Issuer: ?CN ?= ?mTLS Lab Root CA", r"Version: 3 \(0x2\)",
+                             rf".*Public-Key: \({bits} bit\)", "Public Key Algorithm: rsaEncryption"):
+                    self.assertRegex(text(certificate), rf"(?m)^ *{line}$")
                 self.assertEqual(set(re.findall(r"Signature Algorithm: (.*)", text(certificate))),
                                  {"sha256WithRSAEncryption"})
-                self.assertEqual(field(certificate, r"Version: (\d)"), "3")
+                self.assertRegex(openssl("asn1parse", "-in", certificate), rf"UTF8STRING +:{subject}\n")
+                dates = openssl("x509", "-noout", "-dates", "-in", certificate)
+                start, end = (ssl.cert_time_to_seconds(line.partition("=")[2]) for line in dates.splitlines())
+                self.assertEqual(end - start, days * 24 * 3600)
+                self.assertTrue(-2 <= certificate.stat().st_mtime - start <= 60, "it should be valid from now on")
                 key = public_key("pkey", file(f"{name}.key"))
                 self.assertEqual(public_key("x509", certificate), key, "certificate and key do not match")
                 if name != "ca":
@@ -1145,9 +1109,8 @@ class Verification(unittest.TestCase):
         for name, good, bad in (("server", "sslserver", "sslclient"), ("client", "sslclient", "sslserver"),
                                 ("alice", "sslclient", "sslserver")):
             arguments = ("-x509_strict", "-CAfile", file("ca.crt"), file(f"{name}.crt"))
-            with self.subTest(f"{name}.crt verifies as {good}"):
+            with self.subTest(f"{name}.crt verifies as {good}, and not as {bad}"):
                 self.assertEqual(verify("-purpose", good, *arguments), "OK")
-            with self.subTest(f"{name}.crt is refused as {bad}"):
                 self.assertRegex(verify("-purpose", bad, *arguments), "certificate purpose")
         with self.subTest("another lab's CA, of the same name, vouches for none of them"):
             self.assertEqual(verify("-CAfile", ready_set() / "ca.crt", ready_set() / "client.crt"), "OK")
@@ -1189,10 +1152,6 @@ class Verification(unittest.TestCase):
             self.assertEqual(verify("-CAfile", file("ca.crt"), lower), "OK")
             leaf = self.signed(folder, "leaf", "server.csr", (lower, file("client.key")), "CA:false")
             self.assertEqual(self.refusal(folder, [leaf, lower], file("server.key")), "path length constraint exceeded")
-
-
-class Handshakes(unittest.TestCase):
-    """What Python's ssl makes of them, both sides as strict as it can be."""
 
     def test_handshakes(self) -> None:
         """Each certificate does its own job, the server's under its names alone, and none does the other's."""
@@ -1241,11 +1200,7 @@ class Pfx(unittest.TestCase):
                 self.assertIn(f"friendlyName: mTLS Lab {name}\n", result.stdout)
                 for password in ("", "wrong", PASSWORD + " ", PASSWORD[:-1]):
                     self.assertFalse(opens(file(f"{name}.pfx"), password), f"{password!r} opens it")
-
-    def test_ciphers(self) -> None:
-        """3DES and a SHA-1 MAC, chosen because everything imports them; every part is encrypted."""
-        for name in ("client", "alice"):
-            with self.subTest(f"the ciphers of {name}.pfx"):
+            with self.subTest(f"{name}.pfx: 3DES and a SHA-1 MAC, which everything imports; every part is encrypted"):
                 result = pkcs12(file(f"{name}.pfx"), PASSWORD, "-info", "-noout")
                 shown = result.stdout + result.stderr
                 self.assertEqual(re.findall(r"(?:PKCS7 Encrypted data|Shrouded Keybag): ([^,]*),", shown),

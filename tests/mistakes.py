@@ -1,30 +1,30 @@
-"""The mistakes people make with mTLS, each one an experiment: python3 -m tests.mistakes
+"""The mistakes people make with mTLS, each one an experiment: python3 -m tests.mistakes [WORD...]
 
 Every experiment makes one mistake with real certificates, lets a client and a server meet over
-loopback, and tells what each of them saw. The certificates come from the lab's own certs/*.cnf,
-with one setting changed, and live in a temporary folder that is removed at the end.
+loopback, and tells what each of them saw, why, and the cure. The certificates come from the lab's
+own certs/*.cnf, with one setting changed, and live in a temporary folder that is removed at the end.
 
-How to read an outcome: "hello, NAME" is the answer to a request that got in. "alert ..." is what
-the *other* side had to say about the mistake; everything else is a side's own verdict. The words
-are OpenSSL's.
-
-Read an experiment's title (what you do wrong), its explanation with the cure, and what it does.
-The tools that they all use come first: certificates, then how client and server meet.
+Read an experiment's title (what you do wrong), its docstring (the why and the cure that are
+printed), and what it does. The tools that they all use come first: certificates, then how client
+and server meet.
 """
 
 from __future__ import annotations
 
-import contextlib
+import argparse
 import os
+import re
 import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import tempfile
+import textwrap
 import threading
+import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,87 +51,129 @@ def run(command: list[str], cwd: Path, env: dict[str, str] | None = None) -> str
     return result.stdout
 
 
-def altered(config: str, section: str, changes: dict[str, str | None]) -> str:
-    """The text of certs/CONFIG with some settings of one section changed (None: left out)."""
+Changes = dict[str, str | None]
+"""New values for the settings of one section of a configuration; None: without this setting."""
+
+
+def altered(config: str, section: str, changes: Changes) -> str:
+    """The text of a configuration with some settings of one section changed, added or left out.
+
+    Raises RuntimeError if the section, or a setting to leave out, is not there: then certs/*.cnf
+    has changed, and the experiment would go on without its mistake.
+    """
     lines = []
-    left = dict(changes)
+    missing = {f"[ {section} ]"} | {setting for setting, value in changes.items() if value is None}
     within = ""
-    for line in (ROOT / "certs" / config).read_text(encoding="utf-8").splitlines():
+    for line in config.splitlines():
+        setting = line.partition("=")[0].strip()
         if line.startswith("["):
             within = line.strip("[] ")
-        setting = line.partition("=")[0].strip()
-        if within == section and setting in left:
-            value = left.pop(setting)
-            if value is None:
-                continue
-            line = f"{setting} = {value}"
+        elif within == section and setting in changes:
+            missing.discard(setting)
+            continue
         lines.append(line)
-    if left:
-        raise RuntimeError(f"certs/{config} has no {', '.join(left)} in [ {section} ]")
+        if line == f"[ {section} ]":
+            missing.discard(line)
+            lines += [f"{name} = {value}" for name, value in changes.items() if value is not None]
+    if missing:
+        raise RuntimeError(f"the configuration has no {', '.join(sorted(missing))}")
     return "\n".join(lines) + "\n"
+
+
+OPENSSL_CA = """[ ca ]
+default_ca = bench
+[ bench ]
+database = database
+serial = serial
+new_certs_dir = .
+unique_subject = no
+default_md = sha256
+default_days = 365
+policy = names
+[ names ]
+commonName = optional
+organizationName = optional
+"""
+"""For ``openssl ca``: unlike ``openssl x509 -req`` it takes dates in all versions, and makes CRLs."""
+
+PAST = ("-startdate", "20200101000000Z", "-enddate", "20200102000000Z")
+FUTURE = ("-startdate", "20480101000000Z", "-enddate", "20480102000000Z")
 
 
 class Bench:
     """A folder of certificates to experiment with: a good CA, server and client to begin with.
 
     A certificate called NAME is NAME.crt, with its key in NAME.key. Keys are of the P-256 kind,
-    made in no time; none of the mistakes has to do with the kind of key.
+    made in no time. What makes something returns its name.
     """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.write("openssl-ca.cnf", OPENSSL_CA)
+        self.write("database", "")
+        self.write("serial", "01\n")
         self.make_ca("ca")
         self.issue("server", like="server")
         self.issue("client", like="client")
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file into the folder."""
+        (self.folder / name).write_text(text, encoding="utf-8", newline="\n")
 
     def openssl(self, *arguments: str) -> str:
         """Run openssl in the folder."""
         return run(["openssl", *arguments], self.folder)
 
-    def make_key(self, name: str) -> None:
-        """Make NAME.key."""
-        self.openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.key")
+    def openssl_ca(self, ca: str, *arguments: str) -> str:
+        """Run ``openssl ca`` as that CA."""
+        return self.openssl("ca", "-batch", "-config", "openssl-ca.cnf", "-cert", f"{ca}.crt", "-keyfile", f"{ca}.key",
+                            *arguments)
 
-    def make_ca(self, name: str, common_name: str = "mTLS Lab Root CA", **changes: str | None) -> None:
-        """Make a CA as certs/ca.cnf has it, but for the changes to its [ v3_ca ]."""
-        config = altered("ca.cnf", "v3_ca", changes).replace("CN = mTLS Lab Root CA", f"CN = {common_name}")
-        (self.folder / f"{name}.cnf").write_text(config, encoding="utf-8")
-        self.make_key(name)
+    def prepare(self, name: str, like: str, subject: Changes | None, changes: Changes,
+                rsa_bits: int | None = None) -> None:
+        """Make NAME.key, and NAME.cnf from certs/LIKE.cnf with changes to its [ dn ] and its [ v3_LIKE ]."""
+        config = (ROOT / "certs" / f"{like}.cnf").read_text(encoding="utf-8")
+        # In the file, not with -subj: LibreSSL ignores that where the file says "prompt = no".
+        self.write(f"{name}.cnf", altered(altered(config, "dn", subject or {}), f"v3_{like}", changes))
+        if rsa_bits:
+            self.openssl("genrsa", "-out", f"{name}.key", str(rsa_bits))
+        else:
+            self.openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", f"{name}.key")
+
+    def make_self_signed(self, name: str, like: str, subject: Changes | None = None,
+                         **changes: str | None) -> str:
+        """Make a certificate as certs/LIKE.cnf has it, but for the changes, that nobody but itself vouches for."""
+        self.prepare(name, like, subject, changes)
         self.openssl("req", "-new", "-x509", "-days", "3650", "-key", f"{name}.key", "-out", f"{name}.crt",
-                     "-config", f"{name}.cnf")
+                     "-config", f"{name}.cnf", "-extensions", f"v3_{like}")
+        return name
 
-    def make_request(self, name: str, like: str, common_name: str | None = None, **changes: str | None) -> None:
-        """Make a key and NAME.csr as certs/LIKE.cnf has it, and NAME.cnf with the changes to its [ v3_LIKE ]."""
-        config = altered(f"{like}.cnf", f"v3_{like}", changes)
-        if common_name:   # not with -subj: LibreSSL ignores it where the file says "prompt = no"
-            config = config.replace("CN = mtls-client", f"CN = {common_name}")
-        (self.folder / f"{name}.cnf").write_text(config, encoding="utf-8")
-        self.make_key(name)
+    def make_ca(self, name: str, subject: Changes | None = None, **changes: str | None) -> str:
+        """Make a CA as certs/ca.cnf has it, but for the changes."""
+        return self.make_self_signed(name, "ca", subject, **changes)
+
+    def make_request(self, name: str, like: str, subject: Changes | None = None,
+                     rsa_bits: int | None = None, **changes: str | None) -> str:
+        """Make a key and NAME.csr."""
+        self.prepare(name, like, subject, changes, rsa_bits)
         self.openssl("req", "-new", "-key", f"{name}.key", "-out", f"{name}.csr", "-config", f"{name}.cnf")
+        return name
 
-    def issue(self, name: str, like: str, ca: str = "ca", common_name: str | None = None,
-              **changes: str | None) -> None:
-        """Make a certificate as certs/LIKE.cnf has it, but for the changes to its [ v3_LIKE ]."""
-        self.make_request(name, like, common_name, **changes)
-        self.openssl("x509", "-req", "-days", "365", "-in", f"{name}.csr", "-CA", f"{ca}.crt", "-CAkey", f"{ca}.key",
-                     "-CAcreateserial", "-out", f"{name}.crt", "-extensions", f"v3_{like}", "-extfile", f"{name}.cnf")
+    def sign(self, name: str, like: str, ca: str = "ca", options: tuple[str, ...] = ()) -> str:
+        """Make NAME.crt from NAME.csr and the [ v3_LIKE ] of NAME.cnf; ``options`` are those of ``openssl ca``."""
+        self.openssl_ca(ca, "-notext", "-in", f"{name}.csr", "-out", f"{name}.crt", "-extensions", f"v3_{like}",
+                        "-extfile", f"{name}.cnf", *options)
+        return name
 
-    def issue_dated(self, name: str, like: str, start: str, end: str) -> None:
-        """Make a certificate that is valid from and to a date, given as YYYYMMDD.
+    def issue(self, name: str, like: str, ca: str = "ca", options: tuple[str, ...] = (),
+              subject: Changes | None = None, **changes: str | None) -> str:
+        """Make a certificate as certs/LIKE.cnf has it, but for the changes; both of the above."""
+        self.make_request(name, like, subject, rsa_bits=None, **changes)
+        return self.sign(name, like, ca, options)
 
-        ``openssl x509 -req`` takes no dates before version 3.4, and refuses ``-days -1`` since 3.5;
-        ``openssl ca`` takes dates in all versions.
-        """
-        self.make_request(name, like)
-        (self.folder / "database").write_text("")
-        (self.folder / "serial").write_text("01\n")
-        (self.folder / "dated.cnf").write_text(
-            "[ ca ]\ndefault_ca = bench\n"
-            "[ bench ]\ndatabase = database\nserial = serial\nnew_certs_dir = .\ndefault_md = sha256\npolicy = names\n"
-            "[ names ]\ncommonName = supplied\n")
-        self.openssl("ca", "-batch", "-config", "dated.cnf", "-cert", "ca.crt", "-keyfile", "ca.key", "-notext",
-                     "-startdate", f"{start}000000Z", "-enddate", f"{end}000000Z", "-in", f"{name}.csr",
-                     "-out", f"{name}.crt", "-extensions", f"v3_{like}", "-extfile", f"{name}.cnf")
+    def load(self, context: ssl.SSLContext, certificate: str) -> None:
+        """Give a side its certificate and key."""
+        context.load_cert_chain(self.folder / f"{certificate}.crt", self.folder / f"{certificate}.key")
 
     def server(self, certificate: str = "server", trust: str = "ca") -> ssl.SSLContext:
         """A server's settings, as server/server.py has them."""
@@ -139,7 +181,7 @@ class Bench:
         context.verify_mode = ssl.CERT_REQUIRED
         context.minimum_version = ssl.TLSVersion.TLSv1_2
         context.load_verify_locations(self.folder / f"{trust}.crt")
-        context.load_cert_chain(self.folder / f"{certificate}.crt", self.folder / f"{certificate}.key")
+        self.load(context, certificate)
         return context
 
     def client(self, certificate: str | None = "client", trust: str = "ca") -> ssl.SSLContext:
@@ -147,7 +189,7 @@ class Bench:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.folder / f"{trust}.crt")
         if certificate is not None:
-            context.load_cert_chain(self.folder / f"{certificate}.crt", self.folder / f"{certificate}.key")
+            self.load(context, certificate)
         return context
 
     def git(self, *arguments: str) -> str:
@@ -190,10 +232,10 @@ def in_words(error: OSError) -> str:
 
 
 def name_in(certificate: Any) -> str:
-    """The common name in what getpeercert() returned."""
-    if not certificate:
-        return "nobody"
-    return str(dict(field[0] for field in certificate["subject"])["commonName"])
+    """The common name in what getpeercert() returned, in quotes if a space would go unnoticed."""
+    subject = dict(field[0] for field in certificate["subject"]) if certificate else {}
+    name = str(subject.get("commonName", "nobody"))
+    return name if name == name.strip() else f'"{name}"'
 
 
 def part(side: ssl.SSLSocket) -> None:
@@ -210,7 +252,7 @@ def part(side: ssl.SSLSocket) -> None:
         pass   # it has gone already
 
 
-def serve(listener: socket.socket, context: ssl.SSLContext, seen: list[str]) -> None:
+def serve(listener: socket.socket, context: ssl.SSLContext, name_of: Callable[[Any], str], seen: list[str]) -> None:
     """Accept one client, greet it by the name in its certificate, and note what was seen."""
     connection, _ = listener.accept()
     connection.settimeout(PATIENCE)
@@ -218,7 +260,7 @@ def serve(listener: socket.socket, context: ssl.SSLContext, seen: list[str]) -> 
         try:
             side.do_handshake()
             side.recv(4096)   # the request
-            name = name_in(side.getpeercert())
+            name = name_of(side.getpeercert())
             body = f"hello, {name}"
             side.sendall(f"HTTP/1.1 200 OK\r\nContent-Length: {len(body)}\r\nConnection: close\r\n\r\n{body}".encode())
             seen.append(f"{name}'s request")
@@ -243,13 +285,17 @@ def ask(context: ssl.SSLContext, host: str, port: int) -> str:
         return seen
 
 
-def meet(server: ssl.SSLContext, client: ssl.SSLContext | Callable[[int], str], host: str = "localhost") -> Outcome:
-    """Let a client connect to a server over loopback. A function for a client gets the port."""
+def meet(server: ssl.SSLContext, client: ssl.SSLContext | Callable[[int], str], host: str = "localhost",
+         name_of: Callable[[Any], str] = name_in) -> Outcome:
+    """Let a client connect to a server over loopback. A function for a client gets the port.
+
+    ``name_of`` is how the server gets the client's name out of what getpeercert() returned.
+    """
     seen_by_server: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
         listener.settimeout(PATIENCE)
         port = listener.getsockname()[1]
-        thread = threading.Thread(target=serve, args=(listener, server, seen_by_server))
+        thread = threading.Thread(target=serve, args=(listener, server, name_of, seen_by_server))
         thread.start()
         try:
             seen_by_client = ask(client, host, port) if isinstance(client, ssl.SSLContext) else client(port)
@@ -263,47 +309,61 @@ def meet(server: ssl.SSLContext, client: ssl.SSLContext | Callable[[int], str], 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One mistake: what you do wrong, in a few words, and the function that does it."""
+    """One mistake: its group, what you do wrong, in a few words, and the function that does it."""
 
+    group: str
     title: str
     run: Callable[[Bench], Outcome]
 
+    def explanation(self) -> tuple[str, str]:
+        """Why the sides saw what they saw, and the cure: the function's docstring."""
+        why, _, cure = " ".join((self.run.__doc__ or "").split()).partition(" Cure: ")
+        return why, cure
+
 
 EXPERIMENTS: list[Experiment] = []
-"""All of them, in the order of this file."""
+"""All of them, in the order of this file. Those of a group stand together."""
 
 
-def experiment(title: str) -> Callable[[Callable[[Bench], Outcome]], Callable[[Bench], Outcome]]:
+def experiment(group: str, title: str) -> Callable[[Callable[[Bench], Outcome]], Callable[[Bench], Outcome]]:
     """Put the function below into `EXPERIMENTS`."""
 
     def register(run: Callable[[Bench], Outcome]) -> Callable[[Bench], Outcome]:
-        EXPERIMENTS.append(Experiment(title, run))
+        EXPERIMENTS.append(Experiment(group, title, run))
         return run
 
     return register
 
 
-# --- Nothing wrong, and no certificate -----------------------------------------------------
+def in_turn(*outcomes: Outcome) -> Outcome:
+    """Several attempts as one outcome."""
+    return Outcome("; ".join(one.client for one in outcomes), "; ".join(one.server for one in outcomes))
 
 
-@experiment("nothing: the lab as it is")
+# --- Handshake -----------------------------------------------------------------------------
+
+
+@experiment("handshake", "nothing: the lab as it is")
 def as_it_is(bench: Bench) -> Outcome:
-    """Both sides prove who they are. All that follows differs from this in one thing."""
+    """Each side has proved who it is.
+
+    Cure: None needed. Every other experiment differs from this in one thing.
+    """
     return meet(bench.server(), bench.client())
 
 
-@experiment("no client certificate")
+@experiment("handshake", "no client certificate")
 def no_certificate(bench: Bench) -> Outcome:
-    """The server requires a certificate (CERT_REQUIRED), the client has none.
+    """The server has CERT_REQUIRED. In TLS 1.3 the client learns it on its first read.
 
     Cure: load_cert_chain() on the client.
     """
     return meet(bench.server(), bench.client(certificate=None))
 
 
-@experiment("no client certificate, TLS 1.2")
+@experiment("handshake", "no client certificate, TLS 1.2")
 def no_certificate_in_tls12(bench: Bench) -> Outcome:
-    """The same in TLS 1.2, which has no alert of its own for it.
+    """The same. TLS 1.2 has no alert of its own for it.
 
     Cure: load_cert_chain() on the client.
     """
@@ -312,51 +372,79 @@ def no_certificate_in_tls12(bench: Bench) -> Outcome:
     return meet(bench.server(), client)
 
 
-# --- Names: the SAN ------------------------------------------------------------------------
+@experiment("handshake", "CERT_OPTIONAL")
+def optional(bench: Bench) -> Outcome:
+    """The server asks for a certificate but lets in clients that have none. getpeercert() is None.
+
+    Cure: verify_mode = ssl.CERT_REQUIRED.
+    """
+    server = bench.server()
+    server.verify_mode = ssl.CERT_OPTIONAL
+    return meet(server, bench.client(certificate=None))
 
 
-@experiment("no SAN, https://127.0.0.1")
+@experiment("handshake", "TLS 1.1 only")
+def old_protocol(bench: Bench) -> Outcome:
+    """TLS 1.0 and 1.1 are deprecated (RFC 8996). The server's minimum is 1.2.
+
+    Cure: An up-to-date client.
+    """
+    if not ssl.HAS_TLSv1_1:
+        raise Missing("this OpenSSL has no TLS 1.1")
+    client = bench.client()
+    client.set_ciphers("DEFAULT:@SECLEVEL=0")   # else OpenSSL itself offers no TLS 1.1
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        client.minimum_version = ssl.TLSVersion.TLSv1_1
+        client.maximum_version = ssl.TLSVersion.TLSv1_1
+    return meet(bench.server(), client)
+
+
+# --- Names and SAN -------------------------------------------------------------------------
+
+
+def server_without_san(bench: Bench) -> ssl.SSLContext:
+    """A server whose certificate has a CN and no SAN."""
+    return bench.server(bench.issue("nameless", like="server", subjectAltName=None))
+
+
+@experiment("names and SAN", "no SAN, https://127.0.0.1")
 def no_san_address(bench: Bench) -> Outcome:
-    """The client finds no address in the certificate to compare with; a CN is no address.
+    """The client looks for the address in the SAN. A CN is no address.
 
-    Cure: subjectAltName = IP:127.0.0.1 in the server's certificate.
+    Cure: subjectAltName with IP:127.0.0.1.
     """
-    bench.issue("nameless", like="server", subjectAltName=None)
-    return meet(bench.server("nameless"), bench.client(), "127.0.0.1")
+    return meet(server_without_san(bench), bench.client(), "127.0.0.1")
 
 
-@experiment("no SAN, https://localhost")
+@experiment("names and SAN", "no SAN, https://localhost")
 def no_san_name(bench: Bench) -> Outcome:
-    """Accepted: where no DNS name is in a SAN, OpenSSL falls back to the CN (deprecated since 2000, RFC 2818).
+    """Accepted: Python's default falls back to the CN (deprecated since 2000, RFC 2818). Go and browsers refuse it.
 
-    So it works here, and fails in browsers and in Go, which have dropped the CN.
-    Cure: subjectAltName = DNS:localhost in the server's certificate.
+    Cure: subjectAltName with DNS:localhost.
     """
-    bench.issue("nameless", like="server", subjectAltName=None)
-    return meet(bench.server("nameless"), bench.client(), "localhost")
+    return meet(server_without_san(bench), bench.client(), "localhost")
 
 
-@experiment("no SAN, localhost, CN ignored")
+@experiment("names and SAN", "no SAN, localhost, CN ignored")
 def no_san_name_strict(bench: Bench) -> Outcome:
-    """The same for a client that does not fall back to the CN. The lab's client is one.
+    """With hostname_checks_common_name = False, as in the lab's client, only the SAN counts.
 
-    Cure: subjectAltName = DNS:localhost in the server's certificate.
+    Cure: subjectAltName with DNS:localhost.
     """
-    bench.issue("nameless", like="server", subjectAltName=None)
     client = bench.client()
     client.hostname_checks_common_name = False
-    return meet(bench.server("nameless"), client, "localhost")
+    return meet(server_without_san(bench), client, "localhost")
 
 
-@experiment("no SAN, https://localhost, curl")
+@experiment("names and SAN", "no SAN, https://localhost, curl")
 def no_san_curl(bench: Bench) -> Outcome:
     """Accepted: curl with OpenSSL falls back to the CN, too. With other TLS libraries it may not.
 
-    Cure: subjectAltName = DNS:localhost in the server's certificate.
+    Cure: subjectAltName with DNS:localhost.
     """
     if not shutil.which("curl"):
         raise Missing("the curl command is missing")
-    bench.issue("nameless", like="server", subjectAltName=None)
 
     def curl(port: int) -> str:
         try:
@@ -366,150 +454,298 @@ def no_san_curl(bench: Bench) -> Outcome:
         except subprocess.CalledProcessError as error:
             return str(error.output).partition("\n")[0]
 
-    return meet(bench.server("nameless"), curl)
+    return meet(server_without_san(bench), curl)
 
 
-@experiment("SAN in the request only")
+@experiment("names and SAN", "SAN in the request only")
 def san_not_signed(bench: Bench) -> Outcome:
-    """The CSR asks for a SAN and an EKU, but ``openssl x509 -req`` copies nothing of what it asks for.
+    """The CA decides what it signs: openssl x509 -req copies no extension from the CSR, and warns of nothing.
 
-    The CA decides what it signs. Nothing warns: the certificate just lacks them.
-    Cure: -extensions v3_server -extfile certs/server.cnf
+    Cure: Sign with -extensions v3_server -extfile certs/server.cnf.
     """
     bench.make_request("request", like="server")
-    bench.openssl("x509", "-req", "-days", "365", "-in", "request.csr", "-CA", "ca.crt", "-CAkey", "ca.key",
+    bench.openssl("x509", "-req", "-sha256", "-days", "365", "-in", "request.csr", "-CA", "ca.crt", "-CAkey", "ca.key",
                   "-CAcreateserial", "-out", "request.crt")
     return meet(bench.server("request"), bench.client(), "127.0.0.1")
 
 
-# --- Purposes: the EKU ---------------------------------------------------------------------
+def uri_in(certificate: Any) -> str:
+    """The URI in the SAN that getpeercert() returned. SPIFFE allows only one."""
+    return str(dict(certificate["subjectAltName"])["URI"])
 
 
-@experiment("server cert without an EKU")
+@experiment("names and SAN", "client name in the SAN, no CN")
+def spiffe(bench: Bench) -> Outcome:
+    """The handshake is fine, but a server that only looks at the CN sees nobody. The second server reads the SAN.
+
+    Cure: Take the name from where your CA puts it: dict(getpeercert()["subjectAltName"])["URI"].
+    """
+    bench.issue("spiffe", like="client", subject={"CN": None, "O": "mTLS Lab"},
+                subjectAltName="URI:spiffe://lab.example/mtls-client")
+    return in_turn(meet(bench.server(), bench.client("spiffe")),
+                   meet(bench.server(), bench.client("spiffe"), name_of=uri_in))
+
+
+@experiment("names and SAN", "CN in capitals, CN with a space")
+def similar_names(bench: Bench) -> Outcome:
+    """The handshake is fine: TLS compares no client's name with anything. Your CA has made three different clients.
+
+    Cure: Compare exactly. lower() or strip() would take both for mtls-client.
+    """
+    bench.issue("capitals", like="client", subject={"CN": "MTLS-Client"})
+    bench.issue("space", like="client", subject={"CN": '"mtls-client "'})
+    return in_turn(meet(bench.server(), bench.client("capitals")), meet(bench.server(), bench.client("space")))
+
+
+# --- Purpose -------------------------------------------------------------------------------
+
+
+@experiment("purpose", "server cert without an EKU")
 def server_without_eku(bench: Bench) -> Outcome:
-    """Accepted: no EKU means any purpose. Apple's systems refuse it all the same.
+    """Accepted: no EKU means any purpose. Apple's systems demand serverAuth.
 
-    With it the key of a client could pose as a server, and the other way round.
-    Cure: extendedKeyUsage = serverAuth
+    Cure: extendedKeyUsage = serverAuth.
     """
-    bench.issue("odd", like="server", extendedKeyUsage=None)
-    return meet(bench.server("odd"), bench.client())
+    return meet(bench.server(bench.issue("odd", like="server", extendedKeyUsage=None)), bench.client())
 
 
-@experiment("server cert with clientAuth")
+@experiment("purpose", "server cert with clientAuth")
 def server_with_client_eku(bench: Bench) -> Outcome:
-    """The certificate says that it is for something else.
+    """The certificate is for clients. This keeps a client from posing as the server.
 
-    This is what keeps a client of yours from posing as the server.
-    Cure: extendedKeyUsage = serverAuth
+    Cure: extendedKeyUsage = serverAuth.
     """
-    bench.issue("odd", like="server", extendedKeyUsage="clientAuth")
-    return meet(bench.server("odd"), bench.client())
+    return meet(bench.server(bench.issue("odd", like="server", extendedKeyUsage="clientAuth")), bench.client())
 
 
-@experiment("client cert without an EKU")
+@experiment("purpose", "client cert without an EKU")
 def client_without_eku(bench: Bench) -> Outcome:
     """Accepted: no EKU means any purpose.
 
-    Cure: extendedKeyUsage = clientAuth
+    Cure: extendedKeyUsage = clientAuth.
     """
-    bench.issue("odd", like="client", extendedKeyUsage=None)
-    return meet(bench.server(), bench.client("odd"))
+    return meet(bench.server(), bench.client(bench.issue("odd", like="client", extendedKeyUsage=None)))
 
 
-@experiment("client cert with serverAuth")
+@experiment("purpose", "client cert with serverAuth")
 def client_with_server_eku(bench: Bench) -> Outcome:
-    """The certificate says that it is for something else.
+    """The certificate is for servers.
 
-    Cure: extendedKeyUsage = clientAuth
+    Cure: extendedKeyUsage = clientAuth.
     """
-    bench.issue("odd", like="client", extendedKeyUsage="serverAuth")
-    return meet(bench.server(), bench.client("odd"))
+    return meet(bench.server(), bench.client(bench.issue("odd", like="client", extendedKeyUsage="serverAuth")))
 
 
-# --- What makes a CA -----------------------------------------------------------------------
+# --- CA and chain --------------------------------------------------------------------------
 
 
 def with_ca(bench: Bench, flags: ssl.VerifyFlags, basic_constraints: str | None) -> Outcome:
     """Both sides have their certificate from, and trust, a CA with other basicConstraints."""
     bench.make_ca("odd-ca", basicConstraints=basic_constraints)
-    bench.issue("odd-server", like="server", ca="odd-ca")
-    bench.issue("odd-client", like="client", ca="odd-ca")
-    client = bench.client("odd-client", trust="odd-ca")
+    client = bench.client(bench.issue("odd-client", like="client", ca="odd-ca"), trust="odd-ca")
     client.verify_flags |= flags
-    return meet(bench.server("odd-server", trust="odd-ca"), client)
+    return meet(bench.server(bench.issue("odd-server", like="server", ca="odd-ca"), trust="odd-ca"), client)
 
 
-@experiment("CA without basicConstraints")
+@experiment("CA and chain", "CA without basicConstraints")
 def ca_without_constraints(bench: Bench) -> Outcome:
-    """Accepted: OpenSSL takes a certificate with keyCertSign for a CA if it says no more.
+    """Accepted: keyCertSign is enough for OpenSSL's default check. Go refuses it.
 
-    Cure: basicConstraints = critical, CA:true
+    Cure: basicConstraints = critical, CA:true.
     """
     return with_ca(bench, ssl.VerifyFlags(0), None)
 
 
-@experiment("CA without constraints, strict")
+@experiment("CA and chain", "CA without constraints, strict")
 def ca_without_constraints_strict(bench: Bench) -> Outcome:
-    """The same for a strict client, which insists on basicConstraints.
+    """A strict client insists on basicConstraints. ssl.create_default_context() is strict since Python 3.13.
 
-    Python's ssl.create_default_context() makes strict clients since 3.13.
-    Cure: basicConstraints = critical, CA:true
+    Cure: basicConstraints = critical, CA:true.
     """
     return with_ca(bench, ssl.VERIFY_X509_STRICT, None)
 
 
-@experiment("CA with CA:false")
+@experiment("CA and chain", "CA with CA:false")
 def ca_that_says_no(bench: Bench) -> Outcome:
-    """The certificate says that it is no CA, so what it has signed counts for nothing.
+    """The certificate says that it is no CA. What it signs counts for nothing.
 
-    Also what you see when somebody signs certificates with the key of an ordinary certificate.
-    Cure: basicConstraints = critical, CA:true
+    Cure: basicConstraints = critical, CA:true.
     """
     return with_ca(bench, ssl.VerifyFlags(0), "critical, CA:false")
 
 
-# --- Whom to let in ------------------------------------------------------------------------
+@experiment("CA and chain", "CA made anew, old client cert")
+def former_ca(bench: Bench) -> Outcome:
+    """The new CA has the old one's name but another key. A name proves nothing.
+
+    Cure: Issue the certificate again, with the CA that the server trusts.
+    """
+    # Each certificate says which key has signed it (authorityKeyIdentifier), so the server does not
+    # even try its own CA's. Without that it would try, and say "certificate signature failure".
+    return meet(bench.server(), bench.client(bench.issue("former", like="client", ca=bench.make_ca("former-ca"))))
 
 
-@experiment("CERT_OPTIONAL")
-def optional(bench: Bench) -> Outcome:
-    """The server asks for a certificate, and lets in who has none: getpeercert() is None.
+def client_of_intermediate_ca(bench: Bench, root: str, *, chain_sent: bool) -> Outcome:
+    """The root, which the server trusts, has signed another CA, and this the client's certificate."""
+    bench.issue("middle-ca", like="ca", ca=root, subject={"CN": "mTLS Lab Intermediate CA"})
+    bench.issue("leaf", like="client", ca="middle-ca")
+    if chain_sent:
+        chain = [(bench.folder / f"{name}.crt").read_text(encoding="utf-8") for name in ("leaf", "middle-ca")]
+        bench.write("leaf.crt", "".join(chain))
+    return meet(bench.server(trust=root), bench.client("leaf"))
 
-    Cure: verify_mode = ssl.CERT_REQUIRED
+
+@experiment("CA and chain", "intermediate CA, chain not sent")
+def chain_not_sent(bench: Bench) -> Outcome:
+    """The server knows only the root. The intermediate CA's certificate, which leads there, is for the client to send.
+
+    Cure: Append it to the client's file: cat client.crt intermediate.crt > chain.crt.
+    """
+    root = bench.make_ca("root-ca", basicConstraints="critical, CA:true")
+    return client_of_intermediate_ca(bench, root, chain_sent=False)
+
+
+@experiment("CA and chain", "intermediate CA, chain sent")
+def chain_sent(bench: Bench) -> Outcome:
+    """Nothing is wrong here: both certificates are in the file that the client loads.
+
+    Cure: None needed. Everybody in the chain has vouched for the next one.
+    """
+    root = bench.make_ca("root-ca", basicConstraints="critical, CA:true")
+    return client_of_intermediate_ca(bench, root, chain_sent=True)
+
+
+@experiment("CA and chain", "intermediate CA below pathlen:0")
+def below_pathlen_0(bench: Bench) -> Outcome:
+    """The lab's CA says pathlen:0, so no CA may stand below it. A CA that it signs by mistake is worth nothing.
+
+    Cure: pathlen:1 in the root's basicConstraints, if intermediate CAs are wanted.
+    """
+    return client_of_intermediate_ca(bench, "ca", chain_sent=True)
+
+
+# --- Time ----------------------------------------------------------------------------------
+
+
+@experiment("time", "client cert expired")
+def client_expired(bench: Bench) -> Outcome:
+    """Its time is over, by the server's clock.
+
+    Cure: Issue a new one in time. openssl x509 -noout -dates -in FILE shows when.
+    """
+    return meet(bench.server(), bench.client(bench.issue("old", like="client", options=PAST)))
+
+
+@experiment("time", "client cert not yet valid")
+def client_early(bench: Bench) -> Outcome:
+    """Usually a wrong clock. The alert does not say so: there is none for this.
+
+    Cure: Set the clocks of the CA and the server.
+    """
+    return meet(bench.server(), bench.client(bench.issue("early", like="client", options=FUTURE)))
+
+
+@experiment("time", "server cert expired")
+def server_expired(bench: Bench) -> Outcome:
+    """The client refuses, by its own clock, before it sends a certificate or a request.
+
+    Cure: Issue a new one in time, and let the server load it.
+    """
+    return meet(bench.server(bench.issue("old", like="server", options=PAST)), bench.client())
+
+
+@experiment("time", "client cert renewed, server runs on")
+def client_renewed(bench: Bench) -> Outcome:
+    """The running server takes the new one at once: it knows the CA, not the single certificates.
+
+    Cure: None needed, only a client that loads the new file.
     """
     server = bench.server()
-    server.verify_mode = ssl.CERT_OPTIONAL
-    return meet(server, bench.client(certificate=None))
+    before = meet(server, bench.client(bench.issue("renewed", like="client", options=PAST)))
+    return in_turn(before, meet(server, bench.client(bench.issue("renewed", like="client"))))
 
 
-@experiment("getpeercert() not checked")
-def not_checked(bench: Bench) -> Outcome:
-    """Any certificate of the CA gets in: the handshake says who it is, not what it may do.
+@experiment("time", "server cert renewed, server runs on")
+def server_renewed(bench: Bench) -> Outcome:
+    """A running server does not see that its file is new. The second attempt is after load_cert_chain().
 
-    Mallory has a certificate of her own, for another service, say.
-    Cure: compare the name in getpeercert() with a list, and answer 403 to all others.
+    Cure: A restart, or load_cert_chain() again on the running context: new connections then get the new one.
     """
-    bench.issue("mallory", like="client", common_name="mallory")
-    return meet(bench.server(), bench.client("mallory"))
+    server = bench.server(bench.issue("renewed", like="server", options=PAST))
+    bench.issue("renewed", like="server")
+    before = meet(server, bench.client())
+    bench.load(server, "renewed")
+    return in_turn(before, meet(server, bench.client()))
 
 
-@experiment("one cert for all clients")
+# --- Keys and secrets ----------------------------------------------------------------------
+
+
+def load_and_meet(bench: Bench, client: ssl.SSLContext, certificate: str, key: str) -> Outcome:
+    """What the client's own load_cert_chain() says, or if it says nothing, what comes of it."""
+    try:
+        client.load_cert_chain(bench.folder / f"{certificate}.crt", bench.folder / f"{key}.key")
+    except ssl.SSLError as error:
+        return Outcome(in_words(error), NOTHING)
+    return meet(bench.server(), client)
+
+
+def usual_and_careless(bench: Bench, certificate: str) -> Outcome:
+    """Two clients with this certificate: one with Python's defaults, and one that takes everything."""
+    careless = bench.client(certificate=None)
+    careless.set_ciphers("DEFAULT:@SECLEVEL=0")
+    return in_turn(load_and_meet(bench, bench.client(certificate=None), certificate, certificate),
+                   load_and_meet(bench, careless, certificate, certificate))
+
+
+@experiment("keys and secrets", "key of another certificate")
+def wrong_key(bench: Bench) -> Outcome:
+    """The key is not the certificate's. load_cert_chain() fails before anything connects.
+
+    Cure: Use the two files that were made together.
+    """
+    return load_and_meet(bench, bench.client(certificate=None), "client", "server")
+
+
+@experiment("keys and secrets", "RSA key of 1024 bits")
+def short_key(bench: Bench) -> Outcome:
+    """OpenSSL's security level 2, Python's default, wants 2048. First the client's own load_cert_chain() refuses the
+    key; then a client at level 0 shows it, and the server refuses.
+
+    Cure: 2048 bits or more, or a P-256 key.
+    """
+    bench.make_request("short", like="client", rsa_bits=1024)
+    return usual_and_careless(bench, bench.sign("short", like="client"))
+
+
+@experiment("keys and secrets", "SHA-1 signature")
+def weak_digest(bench: Bench) -> Outcome:
+    """SHA-1 is broken: the certificate may be forged. The same two attempts. In OpenSSL 3.6.5 load_cert_chain() does
+    not look at this, so both end at the server.
+
+    Cure: Sign with -sha256. openssl x509 -noout -text -in FILE shows the algorithm.
+    """
+    try:
+        bench.issue("sha1", like="client", options=("-md", "sha1"))
+    except subprocess.CalledProcessError:   # some systems' settings forbid it
+        raise Missing("this openssl does not sign with SHA-1") from None
+    return usual_and_careless(bench, "sha1")
+
+
+@experiment("keys and secrets", "one cert for all clients")
 def shared(bench: Bench) -> Outcome:
-    """Two clients, one certificate: the server cannot tell them apart, nor shut out only one.
+    """The server cannot tell the two clients apart, nor shut out only one.
 
-    Cure: a certificate for each, with a name of its own: bash certs/gen_certs.sh client NAME
+    Cure: One certificate each: bash certs/gen_certs.sh client NAME.
     """
-    laptop = meet(bench.server(), bench.client("client"))
-    phone = meet(bench.server(), bench.client("client"))
-    return Outcome(f"{laptop.client}; {phone.client}", f"{laptop.server}; {phone.server}")
+    return in_turn(meet(bench.server(), bench.client()), meet(bench.server(), bench.client()))
 
 
-@experiment("key committed to git")
+@experiment("keys and secrets", "key committed to git")
 def committed_key(bench: Bench) -> Outcome:
-    """``git rm`` takes the key out of the folder, not out of the history: who has a clone is that client.
+    """The key came out of the history, after git rm. Whoever has a clone is that client.
 
-    Cure: keep certs/*.key in .gitignore. Too late? Then issue a new key and trust the old one no more.
+    Cure: certs/*.key in .gitignore. Too late? Issue a new key, and stop trusting the old one.
     """
     certs = bench.folder / "repository" / "certs"
     bench.git("init", "--quiet")
@@ -522,163 +758,153 @@ def committed_key(bench: Bench) -> Outcome:
     bench.git("commit", "--quiet", "--message", "Remove the key")
 
     for name in ("client.crt", "client.key"):
-        (bench.folder / f"stolen-{name}").write_text(bench.git("show", f"HEAD~1:certs/{name}"))
+        bench.write(f"stolen-{name}", bench.git("show", f"HEAD~1:certs/{name}"))
     return meet(bench.server(), bench.client("stolen-client"))
 
 
-# --- Whom to trust -------------------------------------------------------------------------
+# --- Trust ---------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def foreign_ca_in_system_store(bench: Bench) -> Iterator[None]:
-    """Within this, the system's store of CAs holds another CA than the lab's."""
-    bench.make_ca("foreign-ca", common_name="Some Public CA")
-    with mock.patch.dict(os.environ, SSL_CERT_FILE=str(bench.folder / "foreign-ca.crt")):
-        yield
-
-
-@experiment("client trusts the system's CAs")
-def client_trusts_system(bench: Bench) -> Outcome:
-    """Accepted: whoever has a certificate for this name from *any* CA in the store can be the server.
-
-    Cure: load_verify_locations(cafile="certs/ca.crt") and nothing else.
-    """
-    with foreign_ca_in_system_store(bench):
-        bench.issue("impostor", like="server", ca="foreign-ca")
-        client = bench.client()
-        client.load_default_certs(ssl.Purpose.SERVER_AUTH)
-    return meet(bench.server("impostor"), client)
-
-
-@experiment("server trusts the system's CAs")
-def server_trusts_system(bench: Bench) -> Outcome:
-    """Accepted: *any* CA in the store can say who is mtls-client, not only yours.
-
-    Cure: load_verify_locations(cafile="certs/ca.crt") and nothing else.
-    """
-    with foreign_ca_in_system_store(bench):
-        bench.issue("impostor", like="client", ca="foreign-ca")
-        server = bench.server()
-        server.load_default_certs(ssl.Purpose.CLIENT_AUTH)
-    return meet(server, bench.client("impostor"))
-
-
-@experiment("client cert self-signed")
+@experiment("trust", "client cert self-signed")
 def self_signed(bench: Bench) -> Outcome:
-    """Nobody the server trusts vouches for it: anyone can write mtls-client into a certificate.
+    """Nobody whom the server trusts vouches for it: anyone can write mtls-client into a certificate.
 
-    Cure: let the CA sign it.
+    Cure: Let the CA sign it.
     """
-    bench.make_key("self")
-    (bench.folder / "self.cnf").write_text(altered("client.cnf", "v3_client", {}), encoding="utf-8")
-    bench.openssl("req", "-new", "-x509", "-days", "365", "-key", "self.key", "-out", "self.crt",
-                  "-config", "self.cnf", "-extensions", "v3_client")
-    return meet(bench.server(), bench.client("self"))
+    return meet(bench.server(), bench.client(bench.make_self_signed("self", like="client")))
 
 
-@experiment("CA made anew, old client cert")
-def former_ca(bench: Bench) -> Outcome:
-    """The new CA has the name of the old one, but another key: a name proves nothing.
+@experiment("trust", "getpeercert() not checked")
+def not_checked(bench: Bench) -> Outcome:
+    """Every certificate of the CA passes the handshake. It says who they are, not what they may do.
 
-    Each certificate says which key has signed it (authorityKeyIdentifier), so the server does not
-    even try its own. Without that it would try, and say "certificate signature failure".
-    Cure: issue the certificate again, with the CA that the server trusts.
+    Cure: Compare the name with a list, and answer 403 to all others.
     """
-    bench.make_ca("former-ca")
-    bench.issue("former", like="client", ca="former-ca")
-    return meet(bench.server(), bench.client("former"))
+    return meet(bench.server(), bench.client(bench.issue("mallory", like="client", subject={"CN": "mallory"})))
 
 
-# --- Dates ---------------------------------------------------------------------------------
+def load_system_cas(bench: Bench, context: ssl.SSLContext, purpose: ssl.Purpose) -> None:
+    """Let a side trust the system's CAs, of which "foreign-ca" is one for this moment."""
+    bench.make_ca("foreign-ca", subject={"CN": "Some Public CA"})
+    with mock.patch.dict(os.environ, SSL_CERT_FILE=str(bench.folder / "foreign-ca.crt")):
+        context.load_default_certs(purpose)
 
 
-@experiment("client cert expired")
-def client_expired(bench: Bench) -> Outcome:
-    """Its time is over, by the server's clock.
+@experiment("trust", "client trusts the system's CAs")
+def client_trusts_system(bench: Bench) -> Outcome:
+    """That was an impostor: any CA in the store can vouch for a server.
 
-    Cure: issue a new one in time. openssl x509 -noout -dates -in FILE shows when that is.
+    Cure: load_verify_locations(cafile="certs/ca.crt") and nothing else.
     """
-    bench.issue_dated("old", "client", "20200101", "20200102")
-    return meet(bench.server(), bench.client("old"))
-
-
-@experiment("client cert not yet valid")
-def client_early(bench: Bench) -> Outcome:
-    """Its time has not come, by the server's clock. Most often a clock is wrong.
-
-    Note the alert: there is one for "expired", but none for this.
-    Cure: set the clocks of the CA and the server.
-    """
-    bench.issue_dated("early", "client", "20480101", "20480102")
-    return meet(bench.server(), bench.client("early"))
-
-
-@experiment("server cert expired")
-def server_expired(bench: Bench) -> Outcome:
-    """The client refuses, by its own clock, before it sends any certificate or request.
-
-    Cure: issue a new one in time, and restart the server: it reads its files when it starts.
-    """
-    bench.issue_dated("old", "server", "20200101", "20200102")
-    return meet(bench.server("old"), bench.client())
-
-
-# --- Setup ---------------------------------------------------------------------------------
-
-
-@experiment("key of another certificate")
-def wrong_key(bench: Bench) -> Outcome:
-    """The key is not the one in the certificate. Both Python and OpenSSL look before they connect.
-
-    Cure: give the two files that were made together; openssl x509 -noout -pubkey -in CERT and
-    openssl pkey -pubout -in KEY print the same for them.
-    """
-    context = bench.client(certificate=None)
-    try:
-        context.load_cert_chain(bench.folder / "client.crt", bench.folder / "server.key")
-    except ssl.SSLError as error:
-        return Outcome(in_words(error), NOTHING)
-    return meet(bench.server(), context)
-
-
-@experiment("TLS 1.1 only")
-def old_protocol(bench: Bench) -> Outcome:
-    """TLS 1.0 and 1.1 are deprecated (RFC 8996), and this server's minimum is 1.2.
-
-    OpenSSL itself offers TLS 1.1 only at security level 0, hence @SECLEVEL; Python warns.
-    Cure: an up-to-date client.
-    """
-    if not ssl.HAS_TLSv1_1:
-        raise Missing("this OpenSSL has no TLS 1.1")
     client = bench.client()
-    client.set_ciphers("DEFAULT:@SECLEVEL=0")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)
-        client.minimum_version = ssl.TLSVersion.TLSv1_1
-        client.maximum_version = ssl.TLSVersion.TLSv1_1
-    return meet(bench.server(), client)
+    load_system_cas(bench, client, ssl.Purpose.SERVER_AUTH)
+    return meet(bench.server(bench.issue("impostor", like="server", ca="foreign-ca")), client)
+
+
+@experiment("trust", "server trusts the system's CAs")
+def server_trusts_system(bench: Bench) -> Outcome:
+    """That was an impostor: any CA in the store can say who is mtls-client.
+
+    Cure: load_verify_locations(cafile="certs/ca.crt") and nothing else.
+    """
+    server = bench.server()
+    load_system_cas(bench, server, ssl.Purpose.CLIENT_AUTH)
+    return meet(server, bench.client(bench.issue("impostor", like="client", ca="foreign-ca")))
+
+
+def revoke_alice(bench: Bench, *lifetime: str) -> ssl.SSLContext:
+    """Issue alice's certificate, revoke it, and make crl.pem. Returns a server that checks clients with it."""
+    bench.issue("alice", like="client", subject={"CN": "alice"})
+    bench.openssl_ca("ca", "-revoke", "alice.crt")
+    bench.openssl_ca("ca", "-gencrl", *lifetime, "-out", "crl.pem")
+    server = bench.server()
+    server.load_verify_locations(bench.folder / "crl.pem")
+    server.verify_flags |= ssl.VERIFY_CRL_CHECK_LEAF
+    return server
+
+
+@experiment("trust", "client cert revoked, no CRL")
+def revoked_without_crl(bench: Bench) -> Outcome:
+    """alice's key was stolen, so the CA has revoked her certificate. The server has not heard of it: the thief gets in.
+
+    Cure: Give the server the CA's list of revoked certificates (the CRL), as in the next experiment.
+    """
+    revoke_alice(bench, "-crldays", "7")
+    return meet(bench.server(), bench.client("alice"))
+
+
+@experiment("trust", "client cert revoked, CRL loaded")
+def revoked_with_crl(bench: Bench) -> Outcome:
+    """The CRL lists the certificates that the CA has revoked. alice's is on it, mtls-client's is not.
+
+    Cure: openssl ca -revoke and -gencrl make it. On the server: load_verify_locations("crl.pem"), and add
+    ssl.VERIFY_CRL_CHECK_LEAF to verify_flags.
+    """
+    server = revoke_alice(bench, "-crldays", "7")
+    return in_turn(meet(server, bench.client("alice")), meet(server, bench.client()))
+
+
+@experiment("trust", "CRL expired, cert not revoked")
+def crl_expired(bench: Bench) -> Outcome:
+    """Everyone is refused: after its nextUpdate the list may lack what was revoked last, so it counts for nothing.
+
+    Cure: Make and load a new CRL before that, also when nothing was revoked.
+    """
+    server = revoke_alice(bench, "-crlsec", "1")   # the one way to an expired CRL that all versions have
+    time.sleep(1.1)
+    return meet(server, bench.client())
 
 
 # --- All of them ---------------------------------------------------------------------------
 
+LEGEND = """\
+"hello, NAME": the client got in. "alert ...": what the other side said. All
+else is a side's own verdict, in OpenSSL's words. "A; B": two attempts in turn.
+"""
 
-def row(title: str, client: str, server: str) -> str:
-    """One line of the list. A long message pushes the rest to the right."""
-    return f"{title:<31} | {client:<38} | {server}"
+
+def entry(one: Experiment, outcome: Outcome) -> str:
+    """What is printed of an experiment, in lines of 80 columns."""
+    why, cure = one.explanation()
+    lines = [one.title]
+    for label, text in (("client saw", outcome.client), ("server saw", outcome.server), ("why", why), ("cure", cure)):
+        lines += textwrap.wrap(text, 80, initial_indent=f"  {label:<12}", subsequent_indent=" " * 14,
+                               break_long_words=False, break_on_hyphens=False)
+    return "\n".join(lines)
+
+
+def chosen(words: list[str]) -> list[Experiment]:
+    """The experiments whose group and title have, for each of the words, one that begins with it."""
+    patterns = [re.compile(rf"(?<!\w){re.escape(word)}", re.IGNORECASE) for word in words]
+    return [one for one in EXPERIMENTS if all(pattern.search(f"{one.group}, {one.title}") for pattern in patterns)]
 
 
 def main() -> int:
-    """Run all experiments and print a line for each."""
+    """Run the experiments that are asked for, and print what each shows."""
+    groups = ", ".join(dict.fromkeys(one.group for one in EXPERIMENTS))
+    parser = argparse.ArgumentParser(prog="python3 -m tests.mistakes", epilog=f"groups: {groups}",
+                                     description="The mistakes people make with mTLS, as experiments.")
+    parser.add_argument("words", metavar="WORD", nargs="*",
+                        help="run only those with these words in their title or group, as in: client expired")
+    words = parser.parse_args().words
+    experiments = chosen(words)
+    if not experiments:
+        print(f"mistakes: nothing has {' '.join(words)!r} in its title or group; groups: {groups}", file=sys.stderr)
+        return 2
     try:
         with tempfile.TemporaryDirectory(prefix="mtls mistakes ") as folder:
             bench = Bench(Path(folder))
-            print(row("what you do wrong", "what the client saw", "what the server saw"), flush=True)
-            for one in EXPERIMENTS:
+            print(LEGEND, end="")
+            group = ""
+            for one in experiments:
+                if one.group != group:
+                    group = one.group
+                    print(f"\n=== {group} ===")
                 try:
                     outcome = one.run(bench)
-                    print(row(one.title, outcome.client, outcome.server), flush=True)
                 except Missing as missing:
-                    print(row(one.title, f"not run: {missing}", NOTHING), flush=True)
+                    outcome = Outcome(f"not run: {missing}", NOTHING)
+                print(f"\n{entry(one, outcome)}", flush=True)
     except subprocess.CalledProcessError as error:
         print(f"mistakes: {' '.join(error.cmd)} failed:\n{error.output}", file=sys.stderr)
         return 1

@@ -9,7 +9,8 @@ import http.client
 import json
 import os
 import pty
-import select
+import re
+import resource
 import shutil
 import signal
 import socket
@@ -24,7 +25,7 @@ import unittest
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, Any, TypeVar
+from typing import IO, Any, BinaryIO, TypeVar
 
 A = TypeVar("A")
 B = TypeVar("B")
@@ -46,6 +47,19 @@ def once(make: Callable[[], A]) -> Callable[[], A]:
 
 PATIENCE = 30.0
 """Seconds after which a test gives up waiting for something that should happen at once."""
+
+
+def allow_descriptors(wanted: int) -> int:
+    """Let this process have so many descriptors, or as many as the system allows; returns how many it has."""
+    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit
+                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
+    if soft < wanted:
+        soft = min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return soft
+
+
+DESCRIPTORS = allow_descriptors(4000)   # at import, because it changes the whole process
 
 # The variables that steer the lab or its tools must not leak in from the developer's shell.
 _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "PREPARED_")
@@ -171,20 +185,57 @@ class Lab:
 
 @once
 def lab() -> Lab:
-    """The lab that tests share: with all certificates, and mallory's. Do not change its files."""
+    """The lab that tests share: with all certificates, and mallory's. Add files, but do not change any."""
     shared = Lab("shared")
     shared.generate()
     shared.generate("client", "mallory")
     return shared
 
 
+_CA = """[req]
+distinguished_name = none
+[none]
+[ca]
+default_ca = lab
+[lab]
+database = index
+serial = serial
+new_certs_dir = .
+policy = any
+[any]
+commonName = optional
+[v3]
+"""
+
+
+def issue(of: Lab, name: str, subject: str, extensions: str = "extendedKeyUsage = clientAuth",
+          start: str | None = None, end: str | None = None) -> None:
+    """Let the lab's CA certify any subject: ``name``.crt and .key in its certs.
+
+    From now on for two days, or from ``start`` to ``end`` (YYYYMMDDHHMMSSZ).
+    """
+    folder = new_folder("issue")
+    (folder / "cnf").write_text(_CA + extensions + "\n")
+    (folder / "index").touch()
+    (folder / "serial").write_text("77\n")
+    key, certificate = (of.certs / f"{name}.{ending}" for ending in ("key", "crt"))
+    openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
+    openssl("req", "-new", "-utf8", "-config", "cnf", "-subj", subject, "-key", key, "-out", "csr", cwd=folder)
+    # Of all the ways to sign, only this one can set dates in every openssl.
+    openssl("ca", "-batch", "-notext", "-preserveDN", "-utf8", "-md", "sha256", "-config", "cnf", "-extensions", "v3",
+            "-cert", of.certs / "ca.crt", "-keyfile", of.certs / "ca.key", "-in", "csr", "-out", certificate,
+            *(["-startdate", start, "-enddate", end] if start and end else ["-days", "2"]), cwd=folder)
+
+
 # --- Processes -----------------------------------------------------------------------------
 
 
 class Lines:
-    """The lines that a process prints to one of its streams, collected by a thread."""
+    """The lines that a process prints to one of its streams, collected by a thread while ``reading`` is set."""
 
     def __init__(self, stream: IO[str]) -> None:
+        self.reading = threading.Event()
+        self.reading.set()
         self._lines: list[str] = []
         self._changed = threading.Condition()
         self._ended = False
@@ -197,6 +248,7 @@ class Lines:
                 with self._changed:
                     self._lines.append(line.rstrip("\n"))
                     self._changed.notify_all()
+                self.reading.wait()
         with self._changed:
             self._ended = True
             self._changed.notify_all()
@@ -217,43 +269,48 @@ class Lines:
 
     def all(self) -> list[str]:
         """All lines of a process that has ended."""
+        self.reading.set()
         self._thread.join(PATIENCE)
         return self.now()
 
 
-class Server:
+class Server(contextlib.AbstractContextManager["Server"]):
     """A running ``server.py``. Use it as a context manager: it is ended on the way out.
 
-    It listens on a free port, unless ``port`` is None: then the environment says which.
-    ``descriptors`` lowers its ``ulimit -n``.
+    It listens on a free port, unless ``port`` is None: then the environment says which. ``ulimit``
+    lowers a limit ("-n 320"). ``constants`` are set before it starts ({"connections.NAME": 1.5}).
+    ``one_pipe`` sends both its streams into one, `stdout`.
     """
 
-    def __init__(self, of: Lab, *arguments: str, env: Mapping[str, str | None] | None = None,
-                 port: str | None = "0", descriptors: int | None = None) -> None:
-        command = [sys.executable, "-W", "error", str(of.root / "server" / "server.py"), *arguments]
+    def __init__(self, of: Lab, *arguments: str, env: Mapping[str, str | None] | None = None, port: str | None = "0",
+                 ulimit: str = "", constants: Mapping[str, object] | None = None, one_pipe: bool = False) -> None:
+        start = [str(of.root / "server" / "server.py")]
+        if constants:
+            sets = "".join(f"import {name.split('.')[0]}; {name} = {value!r}\n" for name, value in constants.items())
+            start = ["-c", f"import sys; sys.path.insert(0, {str(of.root / 'server')!r})\n"
+                           f"{sets}import server; server.main()"]
+        command = [sys.executable, "-W", "error", *start, *arguments]
         if port is not None:
             command += ["--port", port]
-        if descriptors is not None:
-            command = ["sh", "-c", f'ulimit -n {descriptors}; exec "$@"', "sh", *command]
+        if ulimit:
+            command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
         self.lab = of
         self._contexts: dict[str | None, ssl.SSLContext] = {}
         self.process = subprocess.Popen(command, cwd=scratch(), env=environment(env), stdin=subprocess.DEVNULL,
-                                        stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8",
-                                        errors="backslashreplace")
+                                        encoding="utf-8", errors="backslashreplace", stdout=subprocess.PIPE,
+                                        stderr=subprocess.STDOUT if one_pipe else subprocess.PIPE)
         atexit.register(self.process.kill)   # also when the tests are interrupted
-        assert self.process.stdout and self.process.stderr
+        assert self.process.stdout
         self.stdout = Lines(self.process.stdout)
-        self.stderr = Lines(self.process.stderr)
+        self.stderr = Lines(self.process.stderr) if self.process.stderr else self.stdout
         try:
-            first = self.stdout.wait_for("listening on")[0]
+            lines = self.stdout.wait_for("Press Ctrl+C")
         except AssertionError as error:
             self.__exit__()
             raise AssertionError(f"{error}\nstderr: {self.stderr.all()}") from None
-        self.port = int(first.rpartition(":")[2])
+        self.port = int(next(line for line in lines if "listening on" in line).rpartition(":")[2])
         self.url = f"https://127.0.0.1:{self.port}/todo"
-
-    def __enter__(self) -> Server:
-        return self
+        self.at_rest = self.descriptors()
 
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
@@ -267,55 +324,70 @@ class Server:
         self.process.send_signal(with_signal)
         return self.process.wait(PATIENCE)
 
-    def counts(self) -> tuple[int, int] | None:
-        """How many threads and descriptors it has; None where there is no /proc."""
-        folder = Path("/proc") / str(self.process.pid)
-        if not folder.exists():
-            return None
-        return len(os.listdir(folder / "task")), len(os.listdir(folder / "fd"))
+    def _count(self, what: str) -> int:
+        """How many of something it has now; 0 where there is no /proc."""
+        folder = Path("/proc") / str(self.process.pid) / what
+        return len(list(folder.iterdir())) if folder.exists() else 0
 
-    def settles_to(self, before: tuple[int, int] | None, seconds: float = 3.0) -> bool:
-        """Whether threads and descriptors are back to ``before`` within the given time."""
+    def threads(self) -> int:
+        """How many threads it has; 0 where that cannot be seen."""
+        return self._count("task")
+
+    def descriptors(self) -> int:
+        """How many descriptors it has; 0 where that cannot be seen."""
+        return self._count("fd")
+
+    def settles(self, seconds: float = 6.0) -> bool:
+        """Whether it is back to the descriptors that it started with, within the given time."""
         deadline = time.monotonic() + seconds
-        while (counts := self.counts()) is not None and before is not None and any(
-                now > then for now, then in zip(counts, before)):
+        while self.descriptors() > self.at_rest:
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.05)
         return True
 
+    def context(self, certificate: str | None = "client") -> ssl.SSLContext:
+        """The lab's context for this certificate, kept: making one costs as much as a handshake."""
+        if certificate not in self._contexts:
+            self._contexts[certificate] = self.lab.context(certificate)
+        return self._contexts[certificate]
+
     def connect(self, certificate: str | None = "client", context: ssl.SSLContext | None = None,
                 timeout: float = PATIENCE) -> ssl.SSLSocket:
         """A TLS connection to it, after the handshake. Reading an end without close_notify raises SSLEOFError."""
-        if not context:
-            if certificate not in self._contexts:   # making one costs as much as a handshake
-                self._contexts[certificate] = self.lab.context(certificate)
-            context = self._contexts[certificate]
         plain = self.connect_plain(timeout)
         try:
-            return context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False)
+            return (context or self.context(certificate)).wrap_socket(plain, server_hostname="127.0.0.1",
+                                                                      suppress_ragged_eofs=False)
         except BaseException:
             plain.close()
             raise
 
-    def connect_plain(self, timeout: float = PATIENCE) -> socket.socket:
+    def connect_plain(self, timeout: float = PATIENCE, host: str = "127.0.0.1") -> socket.socket:
         """A TCP connection to it, no TLS."""
-        return socket.create_connection(("127.0.0.1", self.port), timeout=timeout)
+        return socket.create_connection((host, self.port), timeout=timeout)
 
 
 class Answer:
-    """An HTTP response: ``status``, ``headers``, ``body`` (bytes) and, if it is JSON, ``json``."""
+    """An HTTP response: ``status``, ``headers``, ``body`` (bytes) and, if it is JSON, ``json``.
 
-    def __init__(self, connection: socket.socket, method: str = "GET") -> None:
-        response = http.client.HTTPResponse(connection, method=method)
-        try:
-            response.begin()
-            self.status = response.status
-            self.version = response.version
-            self.headers = response.headers
-            self.body = response.read()
-        finally:
-            response.close()
+    ``source`` is what to read it from: a connection, or a file if another answer may follow.
+    Raises ConnectionError if the connection ends before it is complete.
+    """
+
+    def __init__(self, source: socket.socket | BinaryIO, method: str = "GET") -> None:
+        file = source.makefile("rb") if isinstance(source, socket.socket) else source
+        self.status = 100
+        while self.status == 100:
+            line = file.readline(65536)
+            if not (match := re.fullmatch(rb"HTTP/1\.1 ([1-5]\d\d) [ -~]*\r\n", line)):
+                raise ConnectionError(f"no HTTP answer, but {line!r}")
+            self.status = int(match[1])
+            self.headers = http.client.parse_headers(file)
+        length = 0 if method == "HEAD" else int(self.headers["Content-Length"])
+        self.body = file.read(length)
+        if len(self.body) < length:
+            raise ConnectionError(f"the body ends after {len(self.body)} of {length} bytes")
 
     @property
     def json(self) -> Any:
@@ -323,7 +395,7 @@ class Answer:
         return json.loads(self.body)
 
 
-class Talk:
+class Talk(contextlib.AbstractContextManager["Talk"]):
     """A TLS connection that is read answer by answer, also when several arrive together.
 
     Use it as a context manager: it is closed on the way out.
@@ -332,9 +404,6 @@ class Talk:
     def __init__(self, connection: ssl.SSLSocket) -> None:
         self.connection = connection
         self.file = connection.makefile("rb")
-
-    def __enter__(self) -> Talk:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -346,33 +415,15 @@ class Talk:
 
     def answer(self, method: str = "GET") -> Answer:
         """The next answer; ``method`` is that of its request (after HEAD comes no body)."""
-        return Answer(self, method)   # type: ignore[arg-type]   # reads it as a socket, by the methods below
+        return Answer(self.file, method)
 
     def ask(self, method: str, path: str, body: bytes | None = None, **headers: str) -> Answer:
         """Send a request, see `request`, and read its answer."""
         self.send(request(method, path, body, **headers))
         return self.answer(method)
 
-    def makefile(self, *_: object) -> Talk:
-        """What HTTPResponse reads from: this, not a new file, which would keep what it read too much."""
-        return self
 
-    def readline(self, limit: int = -1) -> bytes:
-        """For HTTPResponse."""
-        return self.file.readline(limit)
-
-    def read(self, amount: int = -1) -> bytes:
-        """For HTTPResponse; without an amount, all up to the connection's end."""
-        return self.file.read(amount)
-
-    def flush(self) -> None:
-        """For HTTPResponse."""
-
-    def close(self) -> None:
-        """For HTTPResponse, whose end is not the connection's."""
-
-
-class Wire:
+class Wire(contextlib.AbstractContextManager["Wire"]):
     """A TLS client whose bytes the test carries itself, and so can hold back or send one by one.
 
     Use it as a context manager: it is closed on the way out.
@@ -380,11 +431,8 @@ class Wire:
 
     def __init__(self, server: Server, certificate: str | None = "client") -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
-        self.tls = server.lab.context(certificate).wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
+        self.tls = server.context(certificate).wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
         self.plain = server.connect_plain()
-
-    def __enter__(self) -> Wire:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.plain.close()
@@ -428,12 +476,19 @@ class Wire:
 class ServerCase(unittest.TestCase):
     """What tests of the server share."""
 
-    def assert_ends_well(self, talk: Talk, within: float = 5.0) -> None:
+    @contextlib.contextmanager
+    def serving(self, *arguments: str, **settings: Any) -> Iterator[Server]:
+        """A server, see `Server`, that must be unharmed in the end."""
+        with Server(lab(), *arguments, **settings) as server:
+            yield server
+            self.assert_unharmed(server)
+
+    def assert_ends_well(self, talk: Talk, within: float = 8.0) -> None:
         """The server says no more and closes in order, within so many seconds."""
         rest = b""
         talk.connection.settimeout(within)
         try:
-            while piece := talk.file.read1(65536):
+            while piece := talk.file.read(65536):
                 rest += piece
         except ssl.SSLZeroReturnError:   # this is close_notify, too, if we have sent ours before
             pass
@@ -447,13 +502,17 @@ class ServerCase(unittest.TestCase):
         defects = [line for line in server.stderr.now() if not line.startswith("[SERVER] ") or "ERROR" in line]
         self.assertEqual(defects, [], "the server should log no defect of its own")
 
-    def assert_unharmed(self, server: Server, before: tuple[int, int] | None) -> None:
-        """A proper client is served, threads and descriptors are back, and no defect was logged."""
-        self.assert_no_defect_logged(server)
+    def assert_served(self, server: Server, message: str = "a proper client is served") -> None:
+        """A new client gets its answer and a clean end."""
         with Talk(server.connect()) as talk:
-            self.assertEqual(talk.ask("GET", "/todo").status, 200, "a proper client must be served afterwards")
-        self.assertTrue(server.settles_to(before),
-                        f"threads and descriptors should be back to {before} within 3 s, but are {server.counts()}")
+            self.assertEqual(talk.ask("GET", "/todo", Connection="close").status, 200, message)
+            self.assert_ends_well(talk)
+
+    def assert_unharmed(self, server: Server) -> None:
+        """A proper client is served, all descriptors are back, and no defect was logged."""
+        self.assert_no_defect_logged(server)
+        self.assert_served(server, "a proper client must be served afterwards")
+        self.assertTrue(server.settles(), f"of descriptors, {server.descriptors()} are left, not {server.at_rest}")
         self.assert_no_defect_logged(server)
 
 
@@ -467,8 +526,7 @@ class SharedServerCase(ServerCase):
     def setUpClass(cls) -> None:
         cls.server = Server(lab(), *cls.arguments)
         cls.addClassCleanup(cls.server.__exit__)
-        before = cls.server.counts()   # only here, because the server's idle threads take a second to end
-        cls.addClassCleanup(lambda: cls("assert_unharmed").assert_unharmed(cls.server, before))
+        cls.addClassCleanup(lambda: cls("assert_unharmed").assert_unharmed(cls.server))
 
     def tearDown(self) -> None:
         self.assert_no_defect_logged(self.server)
@@ -484,66 +542,95 @@ def request(method: str, path: str, body: bytes | None = None, **headers: str) -
     return head.encode("latin-1") + b"\r\n" + (body or b"")
 
 
-@contextlib.contextmanager
-def closing_all() -> Iterator[list[socket.socket]]:
-    """A list for sockets; all that is in it is closed on the way out."""
-    sockets: list[socket.socket] = []
-    try:
-        yield sockets
-    finally:
-        for one in sockets:
-            one.close()
+# --- Terminals -----------------------------------------------------------------------------
+
+
+class Terminal:
+    """A command that runs under a terminal of its own; a thread collects what it shows and types answers.
+
+    ``answers`` are (text to wait for, what to type then) in order; ``"\\x03"`` is Ctrl+C. To a text that
+    ends in "assword:" it is typed once the terminal no longer shows what is typed.
+    """
+
+    def __init__(self, command: Sequence[str], answers: Sequence[tuple[str, str]] = (), cwd: Path | None = None,
+                 env: Mapping[str, str | None] | None = None) -> None:
+        self._leader, follower = pty.openpty()
+        # setsid and then opening the terminal make it the controlling one, so that /dev/tty is it.
+        start = "import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execvp(sys.argv[1], sys.argv[1:])"
+        self.process = subprocess.Popen([sys.executable, "-c", start, *command], cwd=cwd or scratch(),
+                                        env=environment(env), stdin=follower, stdout=follower, stderr=follower,
+                                        start_new_session=True)
+        os.close(follower)
+        os.set_blocking(self._leader, False)   # select() takes no number over 1,023, which we may have
+        self.unanswered = list(answers)
+        self._shown, self._seen = b"", 0
+        self._changed = threading.Condition()
+        self._thread = threading.Thread(target=self._collect)
+        self._thread.start()
+
+    def _collect(self) -> None:
+        with contextlib.suppress(OSError):   # Linux: the last holder of the terminal has closed it
+            while True:
+                ended = self.process.poll() is not None   # asked first: what it has written before can be read
+                self._answer()
+                try:
+                    if not (data := os.read(self._leader, 65536)):
+                        return
+                except BlockingIOError:   # nothing is there
+                    if ended:
+                        return
+                    time.sleep(0.01)
+                    continue
+                with self._changed:
+                    self._shown += data
+                    self._changed.notify_all()
+
+    def _answer(self) -> None:
+        while self.unanswered and (at := self._shown.find(self.unanswered[0][0].encode(), self._seen)) >= 0:
+            text, typed = self.unanswered[0]
+            if text.endswith("assword:") and termios.tcgetattr(self._leader)[3] & termios.ECHO:
+                return
+            self._seen = at + len(text.encode())
+            os.write(self._leader, typed.encode())
+            del self.unanswered[0]
+
+    def text(self) -> str:
+        """What it has shown so far."""
+        with self._changed:
+            return self._shown.decode(errors="backslashreplace").replace("\r", "")
+
+    def wait(self, for_text: str | None = None) -> str:
+        """Wait until it has ended, or shown the text; returns what it has shown."""
+        deadline = time.monotonic() + PATIENCE
+        while self._thread.is_alive() and not (for_text and for_text in self.text()):
+            with self._changed:
+                self._changed.wait(0.1)
+            if time.monotonic() > deadline:
+                raise AssertionError(f"did not end in {PATIENCE:.0f} s; it showed:\n{self.text()}")
+        return self.text()
+
+    def close(self) -> int:
+        """End it, as Ctrl+C would, if it still runs; returns the exit code (negative: the signal)."""
+        try:
+            if self.process.poll() is None and self._thread.is_alive():
+                os.killpg(self.process.pid, signal.SIGINT)
+            return self.process.wait(PATIENCE)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+            self._thread.join()
+            os.close(self._leader)
 
 
 def in_terminal(command: Sequence[str], answers: Sequence[tuple[str, str]] = (), cwd: Path | None = None,
                 env: Mapping[str, str | None] | None = None) -> tuple[int, str]:
-    """Run a command under a terminal of its own.
-
-    ``answers`` are (text to wait for, what to type then) in order; ``"\\x03"`` is Ctrl+C. To a text that
-    ends in "assword:" it is typed once the terminal no longer shows what is typed.
-    Returns the exit code (negative: the signal) and all that the terminal showed.
-    """
-    leader, follower = pty.openpty()
-    # setsid and then opening the terminal make it the controlling one, so that /dev/tty is it.
-    start = 'import os, sys; os.close(os.open(os.ttyname(0), os.O_RDWR)); os.execvp(sys.argv[1], sys.argv[1:])'
-    process = subprocess.Popen([sys.executable, "-c", start, *command], cwd=cwd or scratch(), env=environment(env),
-                               stdin=follower, stdout=follower, stderr=follower, start_new_session=True)
-    os.close(follower)
-    waiting = list(answers)
-    shown = b""
-    seen = 0
-    deadline = time.monotonic() + PATIENCE
-
-    def answer() -> None:
-        nonlocal seen
-        while waiting and (at := shown.find(waiting[0][0].encode(), seen)) >= 0:
-            if waiting[0][0].endswith("assword:") and termios.tcgetattr(leader)[3] & termios.ECHO:
-                return
-            seen = at + len(waiting[0][0].encode())
-            os.write(leader, waiting.pop(0)[1].encode())
-
+    """Run a command to its end, see `Terminal`; returns the exit code and all that the terminal showed."""
+    terminal = Terminal(command, answers, cwd, env)
     try:
-        while time.monotonic() < deadline:
-            answer()
-            if not select.select([leader], [], [], 0.01)[0]:
-                if process.poll() is not None:
-                    break
-                continue
-            try:
-                data = os.read(leader, 65536)
-            except OSError:   # Linux: the last holder of the terminal has closed it
-                break
-            if not data:
-                break
-            shown += data
-        process.wait(max(0.1, deadline - time.monotonic()))
-    except subprocess.TimeoutExpired:
-        raise AssertionError(f"{command} still runs after:\n{shown.decode(errors='replace')}") from None
+        shown = terminal.wait()
     finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-        os.close(leader)
-    if waiting:
-        raise AssertionError(f"never saw {waiting[0][0]!r} in:\n{shown.decode(errors='replace')}")
-    return process.returncode, shown.decode(errors="backslashreplace").replace("\r\n", "\n")
+        code = terminal.close()
+    if terminal.unanswered:
+        raise AssertionError(f"never saw {terminal.unanswered[0][0]!r} in:\n{shown}")
+    return code, shown

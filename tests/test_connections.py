@@ -1,38 +1,40 @@
-"""The server's connections: whatever peers do, it ends what waits too long, says why, and serves the others."""
+"""The server's connections (server/connections.py): it ends what waits too long, says why, and serves the others."""
 
 from __future__ import annotations
 
 import collections
-import concurrent.futures
 import contextlib
+import functools
 import json
 import os
 import re
 import resource
-import shutil
 import signal
 import socket
 import ssl
 import struct
-import subprocess
 import threading
 import time
 import unittest
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import TimeoutError as NoResult
 from pathlib import Path
+from typing import Any
 
+from tests import load_tests  # noqa: F401
 from tests.support import (
+    DESCRIPTORS,
     PATIENCE,
     Server,
     ServerCase,
     Talk,
     Wire,
-    environment,
     lab,
     request,
 )
 
-MAX_CONNECTIONS = 256
+MAX_GUESTS, MAX_STRANGERS = 256, 512   # served at once; in their handshake, or being seen off
 SLACK = 8.0
 """Seconds that a deadline may come late: the machine may be busy."""
 
@@ -41,6 +43,8 @@ ENDING_GET = request("GET", "/todo", Connection="close")
 HALF = b"GET /todo HTTP/1.1\r\nHost: loc"
 HALF_BODY = b"POST /todo HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 50\r\n\r\n{"
 BODY = b'{"task": "Finished in the end"}'
+HALF_HELLO = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 50   # of 512 bytes
+LATE = "[SERVER] REJECTED | peer=127.0.0.1 | no complete handshake within 5 s, or while others waited"
 
 
 def todo(task: str) -> bytes:
@@ -50,14 +54,14 @@ def todo(task: str) -> bytes:
 
 def begin_post(talk: Talk) -> None:
     """Begin a POST, and know that the server has begun to read it; `end_post` ends it."""
-    talk.send(request("POST", "/todo", Content_Type="application/json", Content_Length=str(len(BODY)),
-                      Expect="100-continue"))
-    assert (talk.readline(), talk.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+    talk.send(request("POST", "/todo", BODY, Expect="100-continue")[:-len(BODY)])
+    assert (talk.file.readline(), talk.file.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
 
 
-def end_post(talk: Talk) -> None:
-    """The rest of it."""
+def end_post(talk: Talk) -> int:
+    """The rest of it; returns the status of its answer."""
     talk.send(BODY)
+    return talk.answer().status
 
 
 def reset(connection: socket.socket) -> None:
@@ -93,34 +97,16 @@ def hear(connection: socket.socket) -> bytes:
     return heard
 
 
-def trickle(connection: socket.socket, data: bytes, seconds: float) -> bytes:
-    """Send one byte after the other, so many seconds apart, until something is heard; returns what, to the end."""
+def drip(connection: socket.socket, pieces: Iterable[bytes], seconds: float) -> None:
+    """Send one piece after the other, so many seconds apart, until something can be heard."""
     connection.settimeout(seconds)
-    for byte in data:
-        try:
-            connection.send(bytes([byte]))
-            first = connection.recv(1)
-        except TimeoutError:
-            continue
-        except ConnectionError:
-            return b""
-        connection.settimeout(PATIENCE)
-        return first and first + hear(connection)
-    raise AssertionError(f"nothing was heard while {len(data)} bytes were sent")
-
-
-@contextlib.contextmanager
-def many_descriptors(case: unittest.TestCase, number: int) -> Iterator[None]:
-    """Let this process have so many descriptors; skips the test if the system does not allow it."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < number:
-        if hard != resource.RLIM_INFINITY and hard < number:
-            case.skipTest(f"needs {number} descriptors, but the system allows this process only {hard}")
-        resource.setrlimit(resource.RLIMIT_NOFILE, (number, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    with contextlib.suppress(ConnectionError):
+        for piece in pieces:
+            connection.send(piece)
+            with contextlib.suppress(TimeoutError):
+                connection.recv(1, socket.MSG_PEEK)
+                break
+    connection.settimeout(PATIENCE)
 
 
 def processor_seconds(server: Server) -> float:
@@ -129,131 +115,125 @@ def processor_seconds(server: Server) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def is_listening(server: Server) -> bool:
-    """Whether one can still connect."""
-    try:
-        server.connect_plain().close()
-    except ConnectionError:
-        return False
-    return True
+def kept_alive(server: Server, held: contextlib.ExitStack, number: int, certificate: str = "client") -> list[Talk]:
+    """So many connections that have been served and are idle now, the longest idle first."""
+    talks = [held.enter_context(Talk(server.connect(certificate))) for _ in range(number)]
+    for talk in talks:
+        assert talk.ask("GET", "/nothing").status in {404, 403}
+    return talks
+
+
+def silent(server: Server, held: contextlib.ExitStack, number: int, says: bytes = b"") -> list[socket.socket]:
+    """So many connections that say nothing, or only this, the oldest first."""
+    strangers = [held.enter_context(server.connect_plain()) for _ in range(number)]
+    for stranger in strangers if says else ():
+        with contextlib.suppress(ConnectionError):   # it may have had to go already
+            stranger.send(says)
+    return strangers
 
 
 class ConnectionCase(ServerCase):
     """What these tests share."""
 
-    def assert_served(self, server: Server, message: str = "a proper client is served") -> None:
-        """A new client gets its answer and a clean end."""
-        with Talk(server.connect()) as talk:
-            talk.send(ENDING_GET)
-            self.assertEqual(talk.answer().status, 200, message)
-            self.assert_ends_well(talk)
-
     def assert_quiet_while(self, server: Server, connection: socket.socket, what: str) -> None:
         """The connection hears nothing for a second, in which the server hardly computes."""
-        started, computed = time.monotonic(), processor_seconds(server)
+        started, computed = time.monotonic(), processor_seconds(server) if server.at_rest else 0.0
         self.assertTrue(is_silent(connection, 1.0), f"{what} should have to wait")
-        share = (processor_seconds(server) - computed) / (time.monotonic() - started)
-        self.assertLess(share, 0.2, f"the server is busy while {what} waits")
+        if server.at_rest:
+            share = (processor_seconds(server) - computed) / (time.monotonic() - started)
+            self.assertLess(share, 0.2, f"the server is busy while {what} waits")
 
-    def assert_side_by_side(self, checks: Mapping[str, tuple[Callable[[int], None], int]]) -> None:
-        """Make several checks at the same time, because they take long."""
-        with concurrent.futures.ThreadPoolExecutor(len(checks)) as pool:
-            results = {what: pool.submit(check, argument) for what, (check, argument) in checks.items()}
-        for what, result in results.items():
-            with self.subTest(what):
-                result.result()
-
-    def kept_alive(self, server: Server, held: contextlib.ExitStack, number: int) -> list[Talk]:
-        """So many connections that have been served and are idle now, the longest idle first."""
-        talks = []
-        for _ in range(number):
-            talks.append(held.enter_context(Talk(server.connect())))
-            self.assertEqual(talks[-1].ask("GET", "/nothing").status, 404)
-        return talks
-
-    def silent(self, server: Server, held: contextlib.ExitStack, number: int) -> list[socket.socket]:
-        """So many connections that say nothing, the oldest first."""
-        return [held.enter_context(server.connect_plain()) for _ in range(number)]
-
-    def wait_for_evictions(self, server: Server, number: int) -> None:
-        """So many unfinished handshakes have had to go."""
-        server.stderr.wait_for(lambda lines: sum("REJECTED" in line for line in lines) >= number)
+    def assert_newcomer_waits(self, server: Server, busy: list[Talk]) -> None:
+        """A newcomer is not served, and the server at rest, until one of the busy connections ends."""
+        with Wire(server) as newcomer, ThreadPoolExecutor(1) as pool:
+            shaken = pool.submit(newcomer.shake_hands)
+            with contextlib.suppress(NoResult):   # it may have to wait for the handshake or for the answer
+                shaken.result(2.0)
+                newcomer.send(ENDING_GET)
+                self.assert_quiet_while(server, newcomer.plain, "the newcomer")
+            self.assertEqual(end_post(busy[0]), 201)
+            busy[0].__exit__()
+            if not shaken.done():
+                shaken.result(PATIENCE)
+                newcomer.send(ENDING_GET)
+            self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
+        for talk in busy[1:]:
+            self.assertEqual(end_post(talk), 201)
 
 
-class Waits(ConnectionCase):
-    """What takes long because it waits, side by side and beside the other tests; `TestWaits` looks at the results."""
+class TestWaits(ConnectionCase):
+    """How long the server waits for what."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        with contextlib.ExitStack() as held:
-            # Entered before the servers, and so left after them: their end ends the waits.
-            pool = held.enter_context(concurrent.futures.ThreadPoolExecutor(30))
-            self.server, self.loaded, self.stopping, crowded = (held.enter_context(Server(lab())) for _ in range(4))
-            self.before, self.before_load = self.server.counts(), self.loaded.counts()
-            server = self.server
-            self.waits: dict[str, tuple[float, Callable[[], None]]] = {
-                "a silent connection ends": (5, lambda: self.stay_silent(server)),
-                "a ClientHello that comes byte by byte ends": (5, lambda: self.trickle_hello(server)),
-                "a handshake that stops halfway ends": (5, lambda: self.stop_halfway(server)),
-                "a handshake whose second half comes byte by byte ends": (5, lambda: self.trickle_flight(server)),
-                "a connection without a request ends with close_notify": (15, lambda: self.be_idle(server, b"")),
-                "an idle connection ends with close_notify": (15, lambda: self.be_idle(server, GET)),
-                "an idle connection that sends only the beginning of a TLS record ends with close_notify":
-                    (15, lambda: self.trickle_record(server, b"", b"")),
-                "a connection with a request now and then goes on": (16, lambda: self.ask_now_and_then(server)),
-                "a request that stops after one byte is answered with 408": (10, lambda: self.stall(server, b"G")),
-                "a request that stops in its headers is answered with 408": (10, lambda: self.stall(server, HALF)),
-                "a request that stops in its body is answered with 408": (10, lambda: self.stall(server, HALF_BODY)),
-                "a request line that comes byte by byte is answered with 408":
-                    (10, lambda: self.trickle_request(server, b"")),
-                "a header that comes byte by byte is answered with 408":
-                    (10, lambda: self.trickle_request(server, HALF)),
-                "a body that comes byte by byte is answered with 408":
-                    (10, lambda: self.trickle_request(server, HALF_BODY)),
-                "a TLS record that comes byte by byte is answered with 408":
-                    (10, lambda: self.trickle_record(server, HALF, b"HTTP/1.1 408 ")),
-                "a response that nobody takes ends": (10, lambda: self.take_no_response(self.loaded, self.before_load)),
-                "a flood of strangers cannot push out clients that have been idle": (11, lambda: self.survive(crowded)),
-                "a refused peer that stays is left": (2, lambda: self.stay_after(server, None, ENDING_GET)),
-                "a peer that stays after an error is left":
-                    (2, lambda: self.stay_after(server, "client", b"rubbish\r\n")),
-                "a stalled request ends with the server that is told to stop":
-                    (5, lambda: self.stop_stalled(self.stopping)),
-            }
-            self.seconds = {what: pool.submit(self.timed, wait) for what, (_, wait) in self.waits.items()}
-            self.end = held.pop_all().close
+    seconds = 20
 
-    def timed(self, wait: Callable[[], None]) -> float:
-        """How long it takes."""
-        started = time.monotonic()
-        wait()
-        return time.monotonic() - started
+    def test_every_wait_has_its_end(self) -> None:
+        """5 s for a handshake, 15 for a request, 10 for its rest, 10 to take the answer, 1 or 2 to leave, 5 to stop."""
+        record = True
+        waits: dict[str, tuple[float, Callable[..., None], tuple[Any, ...]]] = {
+            "a silent connection ends": (5, self.shake_hands, (lambda wire: b"",)),
+            "a ClientHello that comes byte by byte ends":
+                (5, self.shake_hands, (lambda wire: wire.bytes_of(wire.tls.do_handshake),)),
+            "a handshake that stops halfway ends": (5, self.shake_hands, (lambda wire: wire.flight()[:0],)),
+            "a handshake whose second half comes byte by byte ends": (5, self.shake_hands, (Wire.flight,)),
+            "a connection without a request": (15, self.wait, (b"", b"", [])),
+            "an idle connection": (15, self.wait, (GET, b"", [200])),
+            "an idle connection with an empty line behind its request": (15, self.wait, (GET + b"\r\n", b"", [200])),
+            "a connection with empty lines now and then": (15, self.wait, (b"", b"\r\n" * 15, [])),
+            "a connection with the beginning of a TLS record": (15, self.wait, (b"", b"x" * 30, [], record)),
+            "a request that stops after one byte": (10, self.wait, (b"G", b"", [408])),
+            "a request that stops in its headers": (10, self.wait, (HALF, b"", [408])),
+            "a request that stops in its body": (10, self.wait, (HALF_BODY, b"", [408])),
+            "a request line that comes byte by byte": (10, self.wait, (b"", b"x" * 30, [408])),
+            "a header that comes byte by byte": (10, self.wait, (HALF, b"x" * 30, [408])),
+            "a body that comes byte by byte": (10, self.wait, (HALF_BODY, b"x" * 30, [408])),
+            "a TLS record that comes byte by byte": (10, self.wait, (HALF, b"x" * 30, [408], record)),
+            "a connection with a request now and then goes on": (16, self.ask_now_and_then, ()),
+            "a response that nobody takes ends": (10, self.take_no_response, ()),
+            "a refused peer that stays is left": (1, self.stay_after, (None, ENDING_GET)),
+            "a peer that stays after an error is left": (2, self.stay_after, ("client", b"rubbish\r\n")),
+            "a stalled request ends with the server that is told to stop": (5, self.stop_stalled, ()),
+        }
+
+        def timed(wait: Callable[..., None], arguments: tuple[Any, ...]) -> float:
+            started = time.monotonic()
+            wait(server, *arguments)
+            return time.monotonic() - started
+
+        with self.serving() as server:
+            with ThreadPoolExecutor(len(waits)) as pool:
+                results = {what: pool.submit(timed, wait, arguments) for what, (_, wait, arguments) in waits.items()}
+            for what, (seconds, _, _) in waits.items():
+                with self.subTest(f"{what}, after {seconds} s"):
+                    taken = results[what].result()
+                    self.assertGreaterEqual(taken, seconds - 0.1)
+                    self.assertLess(taken, seconds + SLACK)
+            rejected = sorted(line for line in server.stderr.now() if "REJECTED" in line)
+            self.assertEqual(rejected, [LATE] * 4 + [
+                "[SERVER] REJECTED | peer=127.0.0.1 | peer did not return a certificate"])
+            late = [line for line in server.stderr.now() if '" 408 -' in line]
+            self.assertEqual(len(late), sum([408] in arguments for _, _, arguments in waits.values()))
 
     # The waits, each from its beginning to its end
 
-    def stay_silent(self, server: Server) -> None:
-        with server.connect_plain() as plain:
-            self.assertEqual(hear(plain), b"")
-
-    def trickle_hello(self, server: Server) -> None:
+    def shake_hands(self, server: Server, part: Callable[[Wire], bytes]) -> None:
+        """Send this part of the handshake byte by byte, and hear no more than the end."""
         with Wire(server) as wire:
-            self.assertEqual(trickle(wire.plain, wire.bytes_of(wire.tls.do_handshake), 0.25), b"")
-
-    def stop_halfway(self, server: Server) -> None:
-        with Wire(server) as wire:
-            wire.flight()
+            drip(wire.plain, (bytes([byte]) for byte in part(wire)), 0.25)
             self.assertEqual(hear(wire.plain), b"")
 
-    def trickle_flight(self, server: Server) -> None:
+    def wait(self, server: Server, said: bytes, drops: bytes, statuses: list[int], record: bool = False) -> None:
+        """Say something, and then go on byte by byte (of a TLS record, or each in one), and hear all to the end."""
         with Wire(server) as wire:
-            self.assertEqual(trickle(wire.plain, wire.flight(), 0.25), b"")
-
-    def be_idle(self, server: Server, first: bytes) -> None:
-        with Talk(server.connect()) as talk:
-            if first:
-                talk.send(first)
-                self.assertEqual(talk.answer().status, 200)
-            self.assert_ends_well(talk, PATIENCE)
+            wire.shake_hands()
+            if said:
+                wire.send(said)
+            whole = wire.bytes_of(lambda: wire.tls.write(drops)) if record else b""
+            each = (wire.bytes_of(functools.partial(wire.tls.write, bytes([byte]))) for byte in drops)
+            drip(wire.plain, (bytes([byte]) for byte in whole) if record else each, 1.0)
+            heard = wire.hear()
+        self.assertEqual([int(status) for status in re.findall(rb"HTTP/1\.1 (\d+) ", heard)], statuses)
+        if statuses == [408]:
+            self.assertRegex(heard, rb"(?s)\r\nConnection: close\r\n.*within 10 s")
 
     def ask_now_and_then(self, server: Server) -> None:
         with Talk(server.connect()) as talk:
@@ -263,59 +243,23 @@ class Waits(ConnectionCase):
             talk.send(ENDING_GET)
             self.assertIn(b"HTTP/1.1 200 ", hear(talk.connection))
 
-    def stall(self, server: Server, beginning: bytes) -> None:
-        with Talk(server.connect()) as talk:
-            talk.send(beginning)
-            answer = talk.answer()
-            self.assertEqual((answer.status, answer.headers["Connection"]), (408, "close"))
-            self.assertRegex(answer.json["error"], "10 s")
-            self.assert_ends_well(talk)
-
-    def trickle_request(self, server: Server, beginning: bytes) -> None:
-        with Talk(server.connect()) as talk:
-            if beginning:
-                talk.send(beginning)
-            self.assertRegex(trickle(talk.connection, b"x" * 30, 1.0), rb"^HTTP/1\.1 408 ")
-
-    def trickle_record(self, server: Server, beginning: bytes, answer: bytes) -> None:
-        with Wire(server) as wire:
-            wire.shake_hands()
-            if beginning:
-                wire.send(beginning)
-            heard = b"nothing"
-            wire.plain.settimeout(1.0)
-            for byte in wire.bytes_of(lambda: wire.tls.write(b"x" * 30)):
-                wire.plain.send(bytes([byte]))
-                with contextlib.suppress(TimeoutError):
-                    heard = wire.hear()
-                    break
-            self.assertEqual(heard[:len(answer) or None], answer)
-
-    def take_no_response(self, server: Server, before: tuple[int, int] | None) -> None:
-        if before is None:
-            self.skipTest("needs /proc to see when the server lets go")
-        with Talk(server.connect()) as talk:
-            for _ in range(200):
-                talk.send(todo("\0" * 1000))
-                self.assertEqual(talk.answer().status, 201)
-        with Wire(server) as silent, Wire(server) as slow:
-            for wire in (silent, slow):
-                wire.shake_hands()
-                wire.send(GET * 20)
-                wire.plain.recv(1, socket.MSG_PEEK)   # wait until answers come, but leave them there
-            while not server.settles_to(before, 1.0):
-                slow.plain.recv(1)
-            with self.assertRaises(OSError, msg="the rest of the answers should not have come"):
-                silent.hear()
-
-    def survive(self, server: Server) -> None:
-        with contextlib.ExitStack() as held:
-            idle = self.kept_alive(server, held, 20)
-            self.assertTrue(is_silent(idle[0].connection, 11.0), "it should not have to go yet")
-            self.silent(server, held, 300)
-            self.wait_for_evictions(server, 300 + 20 - MAX_CONNECTIONS)
-            for talk in idle:
-                self.assertEqual(talk.ask("GET", "/todo").status, 200)
+    def take_no_response(self, _server: Server) -> None:
+        with self.serving() as server:
+            with Talk(server.connect()) as talk:
+                for _ in range(200):
+                    talk.send(todo("\0" * 1000))
+                    self.assertEqual(talk.answer().status, 201)
+            with Wire(server) as still, Wire(server) as slow:
+                for wire in (still, slow):
+                    wire.shake_hands()
+                    wire.send(GET * 20)
+                    wire.plain.recv(1, socket.MSG_PEEK)   # wait until answers come, but leave them there
+                if not server.at_rest:
+                    time.sleep(11)   # without /proc it cannot be seen when the server lets go
+                while not server.settles(1.0):
+                    slow.plain.recv(1)
+                with self.assertRaises(OSError, msg="the rest of the answers should not have come"):
+                    still.hear()
 
     def stay_after(self, server: Server, certificate: str | None, sent: bytes) -> None:
         with Wire(server, certificate) as wire:
@@ -331,8 +275,8 @@ class Waits(ConnectionCase):
                 time.sleep(0.05)
         self.fail("the server should have left")
 
-    def stop_stalled(self, server: Server) -> None:
-        with Talk(server.connect()) as talk:
+    def stop_stalled(self, _server: Server) -> None:
+        with Server(lab()) as server, Talk(server.connect()) as talk:
             begin_post(talk)
             self.assertEqual(server.stop(), 0)
             self.assertEqual(server.stdout.all()[-1], "[SERVER] Stopped.")
@@ -341,12 +285,13 @@ class Waits(ConnectionCase):
 class TestRefusals(ConnectionCase):
     """How the server says that it does not want a connection."""
 
+    seconds = 8
+
     def test_every_refusal_is_heard(self) -> None:
         """300 clients without a certificate read the alert on each TLS version, several at once, some still sending."""
         data = (GET, GET + b"x" * 50_000, GET + b"x" * 500_000)
         alerts = {ssl.TLSVersion.TLSv1_2: "HANDSHAKE_FAILURE", ssl.TLSVersion.TLSv1_3: "CERTIFICATE_REQUIRED"}
-        with Server(lab()) as server:
-            before = server.counts()
+        with self.serving() as server:
             for version, alert in alerts.items():
                 context = lab().context(None, minimum_version=version, maximum_version=version)
 
@@ -360,14 +305,25 @@ class TestRefusals(ConnectionCase):
                     return "no refusal"
 
                 with self.subTest(f"each of 300 clients on {version.name} hears {alert}"):
-                    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+                    with ThreadPoolExecutor(8) as pool:
                         reasons = collections.Counter(pool.map(knock, range(300)))
                     heard = {reason.rpartition("ALERT_")[2]: count for reason, count in reasons.items()}
                     self.assertEqual(heard, {alert: 300})
             lines = server.stderr.wait_for(lambda lines: len(lines) >= 600)
             self.assertEqual(collections.Counter(lines), {
                 "[SERVER] REJECTED | peer=127.0.0.1 | peer did not return a certificate": 600})
-            self.assert_unharmed(server, before)
+
+    def test_the_alert_comes_before_the_end(self) -> None:
+        """The connection does not end together with the alert, which some browsers then would not show."""
+        with self.serving() as server:
+            waits = 0
+            for _ in range(5):   # on a busy machine, this test may be late to look
+                with Wire(server, None) as wire:
+                    wire.shake_hands()
+                    self.assertRegex(wire.plain.recv(65536), rb"\A[\x14-\x17]\x03\x03")
+                    waits += is_silent(wire.plain, 0.15)
+                    self.assertEqual(wire.plain.recv(65536), b"", "it ends in order")
+            self.assertGreater(waits, 0, "the end should follow the alert only after a while")
 
     def test_strange_openings(self) -> None:
         """What is no TLS, or ends too early, costs one REJECTED line."""
@@ -390,11 +346,8 @@ class TestRefusals(ConnectionCase):
             "a connection that is reset after the ClientHello":
                 lambda server: self.leave_in_handshake(server, reset, whole=True),
             "a client that does not trust the server": self.distrust,
-            "TLS 1.1": lambda server: self.say(server, b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b\x03\x02" + b"x" * 32
-                                               + b"\x00\x00\x04\x00\x2f\x00\xff\x01\x00"),
         }
-        with Server(lab()) as server:
-            before = server.counts()
+        with self.serving() as server:
             for what, come in openings.items():
                 known = len(server.stderr.now())
                 with self.subTest(f"{what} is answered with one REJECTED line"):
@@ -403,12 +356,10 @@ class TestRefusals(ConnectionCase):
                 self.assert_served(server, f"a proper client is served after {what}")
             rejected = [line for line in server.stderr.now() if "REJECTED" in line]
             self.assertEqual(len(rejected), len(openings), f"there should be no line more: {rejected}")
-            self.assert_unharmed(server, before)
 
     def test_connections_that_are_gone_before_they_are_accepted(self) -> None:
         """A peer that resets its connection while it waits in the listen queue costs nothing but a REJECTED line."""
-        with Server(lab()) as server:
-            before = server.counts()
+        with self.serving() as server:
             server.process.send_signal(signal.SIGSTOP)
             try:
                 os.waitpid(server.process.pid, os.WUNTRACED)   # until it has stopped
@@ -418,12 +369,10 @@ class TestRefusals(ConnectionCase):
                 server.process.send_signal(signal.SIGCONT)
             self.assert_served(server)
             self.wait_for_rejections(server, 30)
-            self.assert_unharmed(server, before)
 
     def test_a_refused_peer_that_floods(self) -> None:
         """Draining what a refused peer still sends is bounded, in bytes as well as in time."""
-        with Server(lab()) as server:
-            before = server.counts()
+        with self.serving() as server:
             for what, certificate in (("without a certificate", None), ("with an endless body", "client")):
                 with self.subTest(f"a peer {what} cannot send for ever"), Wire(server, certificate) as wire:
                     wire.shake_hands()
@@ -432,7 +381,6 @@ class TestRefusals(ConnectionCase):
                     with self.assertRaises(ConnectionError):   # the reset that ends it
                         while time.monotonic() < started + PATIENCE:
                             wire.plain.sendall(b"x" * 65536)
-            self.assert_unharmed(server, before)
 
     def say(self, server: Server, data: bytes) -> None:
         """Say it and end; whatever is heard, it is no HTTP."""
@@ -463,14 +411,8 @@ class TestRefusals(ConnectionCase):
 
     def wait_for_rejections(self, server: Server, number: int, past: int = 0) -> None:
         """So many REJECTED lines with a reason come after the first ``past`` lines of the log."""
-        def come(lines: list[str]) -> bool:
-            return sum(re.fullmatch(r"\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| \w.*", one) is not None
-                       for one in lines[past:]) >= number
-
-        try:
-            server.stderr.wait_for(come, 5.0)
-        except AssertionError:
-            self.fail(f"the log should have {number} REJECTED lines more, but has {server.stderr.now()[past:]}")
+        line = re.compile(r"\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| \w.*")
+        server.stderr.wait_for(lambda lines: sum(bool(line.fullmatch(one)) for one in lines[past:]) >= number, 8.0)
 
 
 class TestCloses(ConnectionCase):
@@ -482,10 +424,10 @@ class TestCloses(ConnectionCase):
             "GET that asks to close": (ENDING_GET, 200),
             "request line that is none": (b"x\r\n\r\n", 400),
             "body that is too large": (request("POST", "/todo", b"x" * 70_000), 413),
-            "body without length": (request("POST", "/todo"), 411),
-            "unknown method": (request("BREW", "/todo"), 501),
+            "body without length": (request("POST", "/todo", Content_Type="application/json"), 411),
+            "unknown method with a body": (request("BREW", "/todo", b"x"), 501),
         }
-        with Server(lab()) as server:
+        with self.serving() as server:
             for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
                 context = lab().context(minimum_version=version, maximum_version=version)
                 for what, (data, status) in requests.items():
@@ -495,271 +437,195 @@ class TestCloses(ConnectionCase):
                         self.assertEqual(talk.answer().status, status)
                         self.assert_ends_well(talk)
 
-    def test_openssl_sees_a_clean_end(self) -> None:
-        """`openssl s_client` reports no unexpected end."""
-        certs = lab().certs
-        with Server(lab()) as server:
-            for version in ("-tls1_2", "-tls1_3"):
-                with self.subTest(f"openssl s_client {version} sees a clean end"):
-                    output = self.run_tool([
-                        "openssl", "s_client", "-connect", f"127.0.0.1:{server.port}", version, "-ign_eof",
-                        "-CAfile", f"{certs}/ca.crt", "-cert", f"{certs}/client.crt", "-key", f"{certs}/client.key"])
-                    self.assertNotRegex(output, "(?i)unexpected eof|error:|errno")
-
-    def test_gnutls_sees_a_clean_end(self) -> None:
-        """`gnutls-cli` reports no early end."""
-        if not shutil.which("gnutls-cli"):
-            self.skipTest("needs gnutls-cli (package gnutls-bin)")
-        certs = lab().certs
-        with Server(lab()) as server:
-            for version in ("1.2", "1.3"):
-                with self.subTest(f"gnutls-cli with TLS {version} sees a clean end"):
-                    output = self.run_tool([
-                        "gnutls-cli", "127.0.0.1", "-p", str(server.port), "--x509cafile", f"{certs}/ca.crt",
-                        "--x509certfile", f"{certs}/client.crt", "--x509keyfile", f"{certs}/client.key",
-                        "--priority", f"NORMAL:-VERS-ALL:+VERS-TLS{version}"])
-                    self.assertIn("Peer has closed the GnuTLS connection", output)
-                    self.assertNotIn("non-properly terminated", output)
-
-    def run_tool(self, command: list[str]) -> str:
-        """Run a TLS client that sends a GET; returns what it prints until the server has ended the connection."""
-        with subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT) as process:
-            assert process.stdin and process.stdout
-            process.stdin.write(ENDING_GET)   # and leave it open: some clients end when their input does
-            process.stdin.flush()
-            with concurrent.futures.ThreadPoolExecutor(1) as pool:
-                output = pool.submit(process.stdout.read)
-                try:
-                    shown = output.result(PATIENCE).decode(errors="replace")
-                except concurrent.futures.TimeoutError:
-                    process.kill()
-                    self.fail(f"{command[0]} did not end; it printed {output.result()!r}")
-        self.assertIn("HTTP/1.1 200 OK", shown)
-        self.assertEqual(process.returncode, 0, shown)
-        return shown
-
     def test_rude_ends(self) -> None:
         """A peer that vanishes or talks nonsense after the handshake costs nothing."""
-        ends: dict[str, Callable[[socket.socket], None]] = {
-            "ends without close_notify": socket.socket.close,
-            "resets the connection": reset,
-            "sends what is no TLS": lambda plain: self.send_and_close(plain, GET * 10),
-            "sends a broken TLS record": lambda plain: self.send_and_close(plain, b"\x17\x03\x03\x00\x20" + b"x" * 32),
-            "sends an alert that is none": lambda plain: self.send_and_close(plain, b"\x15\x03\x03\x00\x02\x02\x28"),
-        }
-        beginnings = {
-            "before its first request": b"",
-            "in the middle of a request line": b"GET /to",
-            "in the middle of the headers": HALF,
-            "in the middle of a body": HALF_BODY,
-            "after a request that it never reads the answer of": GET,
-            "after 100 requests that it never reads the answers of": GET * 100,
-            "after a refused request": request("POST", "/todo", b"x" * 70_000),
-        }
-        with Server(lab()) as server:
-            before = server.counts()
+        # Closed, reset, what is no TLS, a broken TLS record, an alert that is none.
+        ends = (b"", None, GET * 10, b"\x17\x03\x03\x00\x20" + b"x" * 32, b"\x15\x03\x03\x00\x02\x02\x28")
+        beginnings = (b"", b"GET /to", HALF, HALF_BODY, GET, GET * 100, request("POST", "/todo", b"x" * 70_000))
+        with self.serving() as server:
             for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
                 context = lab().context(minimum_version=version, maximum_version=version)
-                for data in beginnings.values():
-                    for end in ends.values():
+                for data in beginnings:
+                    for end in ends:
                         tls = server.connect(context=context)
                         tls.sendall(data)
                         with socket.socket(fileno=tls.detach()) as plain, contextlib.suppress(ConnectionError):
                             plain.settimeout(PATIENCE)
-                            end(plain)
+                            if end is None:
+                                reset(plain)
+                            elif end:
+                                plain.sendall(end)
+                                hear(plain)
                 self.assert_served(server)
-            self.assert_unharmed(server, before)
-
-    def send_and_close(self, plain: socket.socket, data: bytes) -> None:
-        """Below TLS."""
-        plain.sendall(data)
-        hear(plain)
 
 
 class TestFullHouse(ConnectionCase):
     """Who is served when there are more connections than the server takes."""
 
-    def test_who_gives_way(self) -> None:
-        """Newcomers replace those that are closing, then the oldest unfinished handshake, then the longest idle."""
-        with many_descriptors(self, 600), Server(lab()) as server, contextlib.ExitStack() as held:
-            before = server.counts()
-            idle = self.kept_alive(server, held, MAX_CONNECTIONS - 4)
+    seconds = 10
+    def serving_few(self) -> contextlib.AbstractContextManager[Server]:
+        """A server with few places, and so patient that a busy machine changes nothing."""
+        return self.serving(constants={"connections.MAX_GUESTS": 6, "connections.MAX_STRANGERS": 4,
+                                       "connections.DEADLINES[connections.Phase.HANDSHAKE]": 60.0})
+
+    def assert_let_go(self, talk: Talk) -> None:
+        """It ends, in one way or another, without an answer to a request that it had not sent."""
+        with contextlib.suppress(OSError):
+            self.assertEqual(talk.file.read(), b"")
+
+    def test_who_gives_way_to_an_allowed_client(self) -> None:
+        """First whoever is not on the list, whatever it is doing; then the longest idle; a request never."""
+        with self.serving_few() as server, contextlib.ExitStack() as held:
+            busy, *idle = kept_alive(server, held, 4)
+            begin_post(busy)
             self.assertEqual(idle[0].ask("GET", "/nothing").status, 404)   # now the second is the longest idle
             idle.append(idle.pop(0))
-            silent = self.silent(server, held, 2)
-            for plain in self.silent(server, held, 2):   # closing: each has heard the alert and stays
-                plain.sendall(b"rubbish\r\n")
-                hear(plain)
-            everyone = [*silent, *(talk.connection for talk in idle)]
-            steps: dict[str, tuple[list[socket.socket], socket.socket | None]] = {
-                "a newcomer replaces a closing one": (everyone, None),
-                "a second newcomer replaces the other closing one": (everyone, None),
-                "a third newcomer replaces the oldest unfinished handshake":
-                    ([silent[1], *(talk.connection for talk in idle)], silent[0]),
-                "a fourth newcomer replaces the other unfinished handshake":
-                    ([talk.connection for talk in idle], silent[1]),
-                "a fifth newcomer replaces the longest idle":
-                    ([talk.connection for talk in idle[1:]], idle[0].connection),
-                "a sixth newcomer replaces the next one":
-                    ([talk.connection for talk in idle[2:]], idle[1].connection),
-            }
-            for what, (stay, goes) in steps.items():
-                with self.subTest(what):
-                    self.kept_alive(server, held, 1)
-                    if goes:
-                        self.assertEqual(hear(goes), b"", "it ends, with close_notify if it has come to TLS")
-                    gone = [one for one in stay if not is_silent(one, 0)]
-                    self.assertEqual(len(gone), 0, "nobody else has to go")
+            unlisted = [talk.connection for talk in kept_alive(server, held, 2, "mallory")]
+            unlisted[0].send(HALF)
+            for number in (1, 2):
+                idle += kept_alive(server, held, 1)
+                gone = [one for one in unlisted if not is_silent(one, 1.0)]
+                self.assertEqual(len(gone), number, "one who is not on the list goes")
+            self.assert_let_go(held.enter_context(Talk(server.connect("mallory"))))
+            for longest in idle[:2]:
+                idle += kept_alive(server, held, 1)
+                self.assert_ends_well(longest)
             for talk in idle[2:]:
                 self.assertEqual(talk.ask("GET", "/nothing").status, 404)
-            held.close()
-            self.assert_unharmed(server, before)
-
-    def test_strangers_cannot_push_out_clients(self) -> None:
-        """20 idle connections and one in the middle of a request survive a flood of 600 silent newcomers."""
-        with many_descriptors(self, 1000), Server(lab()) as server, contextlib.ExitStack() as held:
-            before = server.counts()
-            idle = self.kept_alive(server, held, 20)
-            busy = held.enter_context(Talk(server.connect()))
-            begin_post(busy)
-            self.silent(server, held, 600)
-            self.wait_for_evictions(server, 600 + 21 - MAX_CONNECTIONS)
-            for talk in idle:
-                self.assertEqual(talk.ask("GET", "/todo").status, 200)
-            end_post(busy)
-            self.assertEqual(busy.answer().status, 201)
-            self.assert_served(server, "a proper newcomer is served in the flood")
-            held.close()
-            self.assert_unharmed(server, before)
+            self.assertEqual(end_post(busy), 201)
 
     def test_requests_are_finished_before_newcomers_are_served(self) -> None:
-        """With all 256 in the middle of a request, a newcomer waits in the listen queue; then it is served."""
-        with many_descriptors(self, 600), Server(lab()) as server, contextlib.ExitStack() as held:
-            before = server.counts()
-            busy = self.kept_alive(server, held, MAX_CONNECTIONS)
+        """With all places in the middle of a request, a newcomer waits, if it is on the list; then it is served."""
+        with self.serving_few() as server, contextlib.ExitStack() as held:
+            busy = kept_alive(server, held, 6)
             for talk in busy:
                 begin_post(talk)
-            with Wire(server) as newcomer:
-                newcomer.plain.sendall(newcomer.bytes_of(newcomer.tls.do_handshake))
-                if before:
-                    self.assert_quiet_while(server, newcomer.plain, "the newcomer")
-                end_post(busy[0])
-                self.assertEqual(busy[0].answer().status, 201)
-                newcomer.shake_hands()
-                newcomer.send(ENDING_GET)
-                self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
-            for talk in busy[1:]:
-                end_post(talk)
-                self.assertEqual(talk.answer().status, 201)
-            held.close()
-            self.assert_unharmed(server, before)
+            self.assert_let_go(held.enter_context(Talk(server.connect("mallory"))))
+            self.assert_newcomer_waits(server, busy)
 
-    def test_2000_silent_connections(self) -> None:
-        """A proper client is served as if they were not there, and the server never has more than 256 connections."""
-        with many_descriptors(self, 2200), Server(lab()) as server, contextlib.ExitStack() as held:
-            before = server.counts()
-            most = (0, 0)
-            for number in range(200, 2001, 200):
-                self.silent(server, held, 200)
-                self.assert_served(server, f"a proper client is served among {number} silent ones")
-                most = max(most, server.counts() or most)
-            with Talk(server.connect()) as talk:
-                talk.send(todo("Among strangers"))
-                self.assertEqual(talk.answer().status, 201)
-            if before:
-                self.assertLessEqual(most[0], before[0] + MAX_CONNECTIONS + 1)
-                self.assertLessEqual(most[1], before[1] + MAX_CONNECTIONS + 1)
-            held.close()
-            self.assert_unharmed(server, before)
+    def test_the_oldest_stranger_gives_way(self) -> None:
+        """At the door, a newcomer replaces the one that came first, and the log says so; clients stay."""
+        with self.serving_few() as server, contextlib.ExitStack() as held:
+            idle = kept_alive(server, held, 6)
+            strangers = silent(server, held, 4)
+            refused = held.enter_context(server.connect_plain())
+            self.assertEqual(hear(strangers[0]), b"")
+            refused.sendall(b"rubbish\r\n")   # it is still a stranger, being seen off
+            server.stderr.wait_for(lambda lines: len(lines) >= 8)
+            for stranger in strangers[1:3]:
+                silent(server, held, 1)
+                self.assertEqual(hear(stranger), b"")
+            self.assertTrue(is_silent(strangers[3], 0))
+            log = server.stderr.wait_for(lambda lines: sum("while others waited" in line for line in lines) >= 3)
+            self.assertEqual(len([line for line in log if "REJECTED" in line]), 4)
+            for talk in idle:
+                self.assertEqual(talk.ask("GET", "/nothing").status, 404)
+
+    @unittest.skipIf(DESCRIPTORS < 2600, "needs 2,600 descriptors")
+    def test_2000_strangers(self) -> None:
+        """2,000 silent ones, and then 2,000 half-finished handshakes, push out nobody, and clients are served."""
+        with self.serving() as server, contextlib.ExitStack() as clients:
+            idle = kept_alive(server, clients, 20)
+            busy, = kept_alive(server, clients, 1)
+            begin_post(busy)
+            for what, says in (("silent ones", b""), ("half-finished handshakes", HALF_HELLO)):
+                with self.subTest(what), contextlib.ExitStack() as held:
+                    for number in range(200, 2001, 200):
+                        silent(server, held, 200, says)
+                        self.assert_served(server, f"a proper client is served among {number} {what}")
+                        self.assertLessEqual(server.threads(), MAX_GUESTS + 8)
+                        self.assertLessEqual(server.descriptors(), server.at_rest + MAX_GUESTS + MAX_STRANGERS + 8)
+            for talk in idle:
+                self.assertEqual(talk.ask("GET", "/todo").status, 200)
+            self.assertEqual(end_post(busy), 201)
+
+    def test_300_attackers_with_a_certificate(self) -> None:
+        """Clients that are not on the list, each with a request begun, cannot shut out the allowed one."""
+        stop = threading.Event()
+
+        def attack(server: Server) -> None:
+            with contextlib.ExitStack() as held:
+                connections: dict[int, ssl.SSLSocket] = {}
+                while not stop.is_set():
+                    for number in range(50):
+                        if not (number in connections and is_silent(connections[number], 0)) and not stop.is_set():
+                            with contextlib.suppress(OSError):
+                                connections[number] = held.enter_context(server.connect("mallory"))
+                                connections[number].send(b"G")
+                    stop.wait(0.05)
+
+        with self.serving() as server, ThreadPoolExecutor(6) as pool:
+            try:
+                attacks = [pool.submit(attack, server) for _ in range(6)]
+                deadline = time.monotonic() + PATIENCE
+                while server.at_rest and server.descriptors() < server.at_rest + MAX_GUESTS - 6:
+                    self.assertLess(time.monotonic(), deadline, "the attackers should fill the house")
+                    time.sleep(0.05)
+                for _ in range(25):
+                    self.assert_served(server, "the allowed client is served among 300 attackers")
+                    self.assertLessEqual(server.threads(), MAX_GUESTS + 8)
+            finally:
+                stop.set()
+            for one in attacks:
+                one.result(PATIENCE)
 
 
 class TestDescriptors(ConnectionCase):
     """A server that may open only few files."""
 
-    def test_a_low_limit(self) -> None:
-        """With `ulimit -n 320` or far less it accepts what it can, and a client among 400 silent ones is served."""
-        with many_descriptors(self, 1500):
-            self.assert_side_by_side({
-                f"a server with ulimit -n {limit} serves a client among 400 silent ones": (self.crowd, limit)
-                for limit in (320, 48, 24)})
+    seconds = 6
+
+    def test_few_descriptors(self) -> None:
+        """With `ulimit -n 320` or less, a client is served among 400 silent ones and after a house full of requests."""
+        checks = [(self.crowd, limit) for limit in (320, 128, 48, 24)] + [(self.fill, limit) for limit in (48, 24)]
+        with ThreadPoolExecutor(len(checks)) as pool:
+            results = [pool.submit(check, limit) for check, limit in checks]
+        for (check, limit), result in zip(checks, results, strict=True):
+            with self.subTest(check.__name__, limit=limit):
+                result.result()
 
     def crowd(self, limit: int) -> None:
         """400 silent connections and proper clients among them."""
-        with Server(lab(), descriptors=limit) as server, contextlib.ExitStack() as held:
-            before = server.counts()
+        with self.serving(ulimit=f"-n {limit}") as server, contextlib.ExitStack() as held:
             for _ in range(4):
-                self.silent(server, held, 100)
+                silent(server, held, 100)
                 self.assert_served(server)
-            held.close()
-            self.assert_unharmed(server, before)
-
-    def test_a_full_house_of_few(self) -> None:
-        """With few descriptors, requests fill the house earlier; then newcomers wait, and the server is at rest."""
-        self.assert_side_by_side({f"a server with ulimit -n {limit} lets newcomers wait": (self.fill, limit)
-                                  for limit in (48, 24)})
 
     def fill(self, limit: int) -> None:
         """Connections in the middle of a request, until a newcomer has to wait; then one ends its request."""
-        with Server(lab(), descriptors=limit) as server, contextlib.ExitStack() as held:
-            before = server.counts()
-            if before is None:
-                self.skipTest("needs /proc to see how much the server computes")
+        with self.serving(ulimit=f"-n {limit}") as server, contextlib.ExitStack() as held:
             busy: list[Talk] = []
-            while True:
-                newcomer = held.enter_context(Wire(server))
-                newcomer.plain.sendall(newcomer.bytes_of(newcomer.tls.do_handshake))
-                if is_silent(newcomer.plain, 0.5):
-                    break
-                newcomer.plain.close()
-                busy.append(held.enter_context(Talk(server.connect())))
-                begin_post(busy[-1])
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    with contextlib.ExitStack() as newcomer:
+                        talk = newcomer.enter_context(Talk(server.connect(timeout=1.5)))
+                        begin_post(talk)
+                        talk.connection.settimeout(PATIENCE)
+                        busy.append(talk)
+                        held.push(newcomer.pop_all())
             self.assertIn(len(busy), range(1, limit), "how many have come in")
-            self.assert_quiet_while(server, newcomer.plain, "the newcomer")
-            end_post(busy[0])
-            self.assertEqual(busy[0].answer().status, 201)
-            newcomer.shake_hands()
-            newcomer.send(ENDING_GET)
-            self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
-            held.close()
-            self.assert_unharmed(server, before)
+            self.assert_newcomer_waits(server, busy)
 
     def test_no_descriptor_left(self) -> None:
-        """When accept() fails, newcomers wait while the server is at rest, and one idle connection makes room."""
-        with Server(lab()) as server, contextlib.ExitStack() as held:
-            before = server.counts()
-            if before is None or not hasattr(resource, "prlimit"):
+        """When accept() fails, newcomers wait while the server is at rest, and are served when one is free again."""
+        with self.serving() as server:
+            if not server.at_rest or not hasattr(resource, "prlimit"):
                 self.skipTest("needs Linux to take descriptors from a running process")
-            usual, most = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
-
-            def allow(descriptors: int) -> None:
-                resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (descriptors, most))
-
-            with self.subTest("with no descriptor at all, a newcomer waits"):
-                allow(before[1])
-                with Wire(server) as newcomer:
-                    newcomer.plain.sendall(newcomer.bytes_of(newcomer.tls.do_handshake))
-                    self.assert_quiet_while(server, newcomer.plain, "the newcomer")
-                    allow(usual)
-                    newcomer.shake_hands()
-                    newcomer.send(ENDING_GET)
-                    self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
-            self.assertTrue(server.settles_to(before))
-            with self.subTest("with all descriptors in idle connections, a newcomer replaces one"):
-                allow(usual)
-                idle = self.kept_alive(server, held, 30)
-                allow(before[1] + 30)
-                self.assert_served(server)
-                left = [talk for talk in idle if is_silent(talk.connection, 0)]
-                self.assertGreaterEqual(len(left), 28, "only the longest idle has to go")
-                self.assertEqual(left, idle[-len(left):])
-            allow(usual)
-            held.close()
-            self.assert_unharmed(server, before)
+            usual = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
+            resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (server.at_rest, usual[1]))
+            with Wire(server) as newcomer:
+                newcomer.plain.sendall(newcomer.bytes_of(newcomer.tls.do_handshake))
+                self.assert_quiet_while(server, newcomer.plain, "the newcomer")
+                resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, usual)
+                newcomer.shake_hands()
+                newcomer.send(ENDING_GET)
+                self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
 
 
 class TestManyAtOnce(ConnectionCase):
     """Clients side by side."""
+
+    seconds = 4
 
     def test_64_clients_at_once(self) -> None:
         """With POSTs and GETs mixed, ids are unique and without gaps, and log lines are never mixed."""
@@ -781,9 +647,8 @@ class TestManyAtOnce(ConnectionCase):
                     self.assertEqual([item["id"] for item in todos if item["task"].startswith(f"{number}.")], ids)
             return ids
 
-        with Server(lab()) as server:
-            before = server.counts()
-            with concurrent.futures.ThreadPoolExecutor(clients) as pool:
+        with self.serving() as server:
+            with ThreadPoolExecutor(clients) as pool:
                 ids = [one for result in pool.map(work, range(clients)) for one in result]
             self.assertEqual(sorted(ids), list(range(6, 6 + clients * rounds)))
             name = "'mtls-client'"
@@ -796,26 +661,29 @@ class TestManyAtOnce(ConnectionCase):
             text = "".join(f"{one}\n" for one in lines)
             self.assertRegex(text, rf"\A(?:{post}|{get})+\Z", "the lines of each request stand together and whole")
             self.assertEqual(len(lines), clients * rounds * 5)
-            self.assert_unharmed(server, before)
 
 
 class TestStop(ConnectionCase):
     """What becomes of connections when the server is told to stop."""
 
     def test_a_running_request_is_finished(self) -> None:
-        """On SIGTERM and SIGINT, one in the middle is finished, all that only wait end at once, and it exits with 0."""
+        """One in the middle is finished, all that only wait end at once, nobody new comes in, and it exits with 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            with (self.subTest(f"on {number.name}, requests are finished"), Server(lab()) as server,
-                  Talk(server.connect()) as posting, Talk(server.connect()) as idle,
-                  server.connect_plain() as silent):
-                self.assertEqual(idle.ask("GET", "/todo").status, 200)
+            with (self.subTest(f"on {number.name}"), Server(lab()) as server, contextlib.ExitStack() as held):
+                posting = held.enter_context(Talk(server.connect()))
                 begin_post(posting)
+                idle = kept_alive(server, held, 20)
+                strangers = [*silent(server, held, 5), *silent(server, held, 5, HALF_HELLO),
+                             *silent(server, held, 5, b"rubbish\r\n")]
                 server.process.send_signal(number)
-                self.assert_ends_well(idle)
-                self.assertEqual(hear(silent), b"")
-                self.assertFalse(is_listening(server), "it accepts no more")
+                for talk in idle:
+                    self.assert_ends_well(talk)
+                for stranger in strangers:
+                    self.assertNotIn(b"HTTP", hear(stranger))
+                with self.assertRaises(ConnectionError, msg="it accepts no more"):
+                    server.connect_plain()
                 self.assertIsNone(server.process.poll(), "it waits for the request")
-                end_post(posting)
+                posting.send(BODY)
                 answer = posting.answer()
                 self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
                 self.assert_ends_well(posting)
@@ -825,52 +693,6 @@ class TestStop(ConnectionCase):
                 lines = server.stderr.all()
                 self.assertEqual(len([line for line in lines if '"POST /todo HTTP/1.1" 201 -' in line]), 1)
                 self.assertFalse([line for line in lines if not line.startswith("[SERVER] ") or "ERROR" in line])
-
-    def test_a_stopped_server_ends_at_once_and_once(self) -> None:
-        """With idle and silent connections and several signals, it waits for nobody, but says close_notify."""
-        with Server(lab()) as server, contextlib.ExitStack() as held:
-            idle = self.kept_alive(server, held, 50)
-            self.silent(server, held, 10)
-            started = time.monotonic()
-            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
-                server.process.send_signal(number)
-            for talk in idle:
-                self.assert_ends_well(talk)
-            self.assertEqual(server.process.wait(PATIENCE), 0)
-            self.assertLess(time.monotonic() - started, 5.0, "it should not need the time that it gives to requests")
-            self.assertEqual(server.stdout.all()[3:], ["[SERVER] Stopped."])
-            lines = server.stderr.all()
-            self.assertFalse([line for line in lines if not line.startswith("[SERVER] ") or "ERROR" in line])
-
-
-class TestWaits(ConnectionCase):
-    """How long the server waits for what. The last of these tests, because all the others run meanwhile."""
-
-    def test_every_wait_has_its_end(self) -> None:
-        """5 s for a handshake, 15 for a request, 10 for its rest, 10 to take the answer, 2 to close, 5 to stop."""
-        for what, (seconds, _) in WAITS.waits.items():
-            with self.subTest(f"{what} after {seconds} s"):
-                taken = WAITS.seconds[what].result(PATIENCE)
-                self.assertGreaterEqual(taken, seconds - 0.1)
-                self.assertLess(taken, seconds + SLACK)
-        rejected = [line for line in WAITS.server.stderr.now() if line.startswith("[SERVER] REJECTED | ")]
-        self.assertEqual(len(rejected), 5, "4 late handshakes and 1 without a certificate")
-        self.assert_unharmed(WAITS.server, WAITS.before)
-        self.assert_unharmed(WAITS.loaded, WAITS.before_load)
-
-
-WAITS: Waits
-
-
-def setUpModule() -> None:
-    """Begin to wait."""
-    global WAITS
-    WAITS = Waits()
-
-
-def tearDownModule() -> None:
-    """Whoever still waits, because not all tests were run, meets the end of the servers."""
-    WAITS.end()
 
 
 if __name__ == "__main__":

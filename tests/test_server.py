@@ -1,0 +1,688 @@
+"""The server (server/server.py): TLS settings, who may come in, the TODO list, the log, start and stop."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import unittest
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from tests import load_tests  # noqa: F401
+from tests.support import (
+    PATIENCE,
+    Lab,
+    Server,
+    ServerCase,
+    Talk,
+    environment,
+    issue,
+    lab,
+    new_folder,
+    once,
+    openssl,
+    request,
+    side_by_side,
+)
+from tests.test_strict_http import (
+    HIDDEN,
+    HIDDEN_LENGTH,
+    HOST,
+    JSON,
+    MAX_BODY,
+    Case,
+    CasesCase,
+    HttpCase,
+    head,
+    todo,
+)
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
+GREETING = """\
+[SERVER] mTLS server listening on https://127.0.0.1:{port}
+[SERVER] Requiring client cert signed by: ca.crt
+[SERVER] Press Ctrl+C to stop.
+""".splitlines()
+
+
+@once
+def other_lab() -> Lab:
+    """A lab whose CA is another one with the same name."""
+    other = Lab("other")
+    other.generate(PREPARED_SET="other")
+    return other
+
+
+def copy_of_lab(name: str) -> Lab:
+    """A lab with the certificates of the shared one, that a test may change."""
+    copy = Lab(name)
+    shutil.copytree(lab().certs, copy.certs, dirs_exist_ok=True)
+    return copy
+
+
+def sign_again(name: str, pattern: bytes, replacement: bytes) -> None:
+    """Replace bytes in a certificate of the shared lab, as no openssl would write them, and let the CA sign it."""
+    file, tbs, signature = lab().certs / f"{name}.crt", new_folder("sign") / "tbs", new_folder("sign") / "signature"
+    der, count = re.subn(pattern, replacement, ssl.PEM_cert_to_DER_cert(file.read_text()), flags=re.DOTALL)
+    assert count == 1
+    end = 8 + int.from_bytes(der[6:8], "big")   # Certificate: 30 82 length, tbsCertificate: 30 82 length
+    tbs.write_bytes(der[4:end])
+    openssl("dgst", "-sha256", "-sign", lab().certs / "ca.key", "-out", signature, tbs)
+    signed = signature.read_bytes()
+    file.write_text(ssl.DER_cert_to_PEM_cert(der[:-len(signed)] + signed))
+
+
+class TestTLS(ServerCase):
+    """What the server's TLS settings admit and refuse."""
+
+    def test_versions_and_ciphers(self) -> None:
+        """TLS 1.2 and 1.3 with forward secrecy and AEAD; no CBC, HTTP/1.1 by ALPN, no tickets in TLS 1.3."""
+        with self.serving() as server:
+            for version, cipher, accepted in (
+                    ("TLSv1_3", None, True), ("TLSv1_2", "ECDHE-RSA-AES128-GCM-SHA256", True),
+                    ("TLSv1_2", "ECDHE-RSA-CHACHA20-POLY1305", True), ("TLSv1_2", "ECDHE-RSA-AES256-SHA384", False),
+                    ("TLSv1_2", "DHE-RSA-AES256-GCM-SHA384", False), ("TLSv1_2", "AES256-GCM-SHA384", False)):
+                with self.subTest(version=version, cipher=cipher):
+                    context = lab().context(minimum_version=ssl.TLSVersion[version],
+                                            maximum_version=ssl.TLSVersion[version])
+                    context.set_alpn_protocols(["h2", "http/1.1"])
+                    if cipher:
+                        context.set_ciphers(cipher)
+                    if not accepted:
+                        self.assertRaises(ssl.SSLError, server.connect, context=context)
+                        continue
+                    with Talk(server.connect(context=context)) as talk:
+                        self.assertEqual(talk.connection.selected_alpn_protocol(), "http/1.1")
+                        self.assertEqual(talk.ask("GET", "/todo").status, 200)
+                        session = talk.connection.session
+                    self.assertFalse(version == "TLSv1_3" and session is not None and session.has_ticket)
+            server.stderr.wait_for("no shared cipher")
+
+    def test_nothing_older_than_tls_1_2(self) -> None:
+        """A ClientHello of TLS 1.1 is answered with the alert protocol_version, not with one about its suites."""
+        hello = b"\x03\x02" + b"x" * 32 + b"\x00\x00\x04\x00\x2f\x00\xff\x01\x00"
+        with self.serving() as server, server.connect_plain() as plain:
+            plain.sendall(b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b" + hello)
+            self.assertRegex(plain.recv(100), rb"^\x15\x03.\x00\x02\x02\x46")
+
+    def test_no_renegotiation(self) -> None:
+        """A TLS 1.2 client that asks to renegotiate is told no."""
+        certs = lab().certs
+        with self.serving() as server:
+            result = subprocess.run(
+                ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{server.port}", "-CAfile", certs / "ca.crt",
+                 "-cert", certs / "client.crt", "-key", certs / "client.key"], input="R\n", capture_output=True,
+                text=True, env=environment(), check=False, timeout=PATIENCE)
+        self.assertRegex(result.stdout + result.stderr, "(?i)no.renegotiation")
+
+    def test_only_our_ca_is_trusted(self) -> None:
+        """A client of another CA is refused and hears why, also if it is the one that the system trusts."""
+        context = lab().context(None)
+        context.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
+        for env in ({}, {"SSL_CERT_FILE": str(other_lab().certs / "ca.crt")}):
+            with self.subTest(env), self.serving(env=env) as server:
+                with (self.assertRaisesRegex(ssl.SSLError, "(?i)unknown.ca"),
+                      Talk(server.connect(context=context)) as talk):
+                    talk.ask("GET", "/todo")
+                line = server.stderr.wait_for("REJECTED")[-1]
+                self.assertRegex(line, r"^\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| certificate verify failed: "
+                                       "(unable to get local issuer certificate|certificate signature failure)$")
+
+    def test_a_certificate_is_required(self) -> None:
+        """Without one, TLS itself refuses: no client gets as far as HTTP."""
+        with self.serving() as server:
+            for version, alert in (("TLSv1_3", "CERTIFICATE_REQUIRED"), ("TLSv1_2", "HANDSHAKE_FAILURE")):
+                context = lab().context(None, maximum_version=ssl.TLSVersion[version])
+                with self.assertRaisesRegex(ssl.SSLError, alert), Talk(server.connect(context=context)) as talk:
+                    talk.ask("GET", "/todo")
+            lines = server.stderr.wait_for(lambda lines: len(lines) >= 2)
+            self.assertEqual(lines, ["[SERVER] REJECTED | peer=127.0.0.1 | peer did not return a certificate"] * 2)
+
+
+class TestWhoMayComeIn(HttpCase):
+    """Authorization: of those whom our CA has certified, who is served."""
+
+    def test_allowed_names(self) -> None:
+        """--allow-cn replaces the list, and wins over MTLS_ALLOWED_CNS; both take several names."""
+        cases: list[tuple[list[str], dict[str, str | None], dict[str, int]]] = [
+            (["--allow-cn", "mtls-client", "mallory"], {}, {"client": 200, "mallory": 200}),
+            (["--allow-cn", "mtls-client,mallory"], {}, {"client": 200, "mallory": 200}),
+            (["--allow-cn", "mallory"], {"MTLS_ALLOWED_CNS": "mtls-client"}, {"client": 403, "mallory": 200}),
+            (["--allow-cn", "mallory", "--allow-cn", "mtls-client"], {}, {"client": 200, "mallory": 200}),
+            (["--allow-cn", "two words, mallory"], {}, {"two words": 200, "mallory": 200, "client": 403}),
+            ([], {"MTLS_ALLOWED_CNS": "mallory, other"}, {"client": 403, "mallory": 200}),
+            ([], {"MTLS_ALLOWED_CNS": "mtls-client mallory"}, {"client": 200, "mallory": 200}),
+            ([], {"MTLS_ALLOWED_CNS": ""}, {"client": 200, "mallory": 403}),
+        ]
+        issue(lab(), "two words", "/CN=two words")
+        for arguments, env, statuses in cases:
+            with self.subTest(arguments=arguments, env=env), Server(lab(), *arguments, env=env) as server:
+                for certificate, status in statuses.items():
+                    with Talk(server.connect(certificate)) as talk:
+                        self.assert_sound(talk.ask("GET", "/todo"), status)
+
+    def test_a_certificate_needs_exactly_one_common_name(self) -> None:
+        """None, two, another spelling, or one that nobody can read: 403, logged so that nothing can be forged."""
+        certificates = {
+            "no common name": ("/O=mtls-client", None),
+            "two common names": ("/CN=mtls-client/CN=mallory", None),
+            "the same common name twice": ("/CN=mtls-client/CN=mtls-client", None),
+            "a common name in capitals": ("/CN=MTLS-CLIENT", "MTLS-CLIENT"),
+            "a common name with a space behind it": ("/CN=mtls-client ", "mtls-client "),
+            "a common name with a line end": ("/CN=x\n[SERVER] FORGED | y", "x\n[SERVER] FORGED | y"),
+            "a common name that is a sequence": ("/CN=\x0c\x03abc", None),
+            "a SAN that is not UTF-8": ("/CN=mtls-client", None),
+        }
+        for what, (subject, _) in certificates.items():
+            issue(lab(), what, subject, "extendedKeyUsage = clientAuth\nsubjectAltName = email:a@example.org\n"
+                                        "nsComment = " + "x" * 200)   # so that the length of all takes two bytes
+        sign_again("a common name that is a sequence", rb".(\x05\x0c\x03abc)", rb"0\1")   # "0" is the tag of SEQUENCE
+        sign_again("a SAN that is not UTF-8", rb"a@(example\.org)", b"\xff@\\1")
+        with self.serving() as server:
+            for what, (_, name) in certificates.items():
+                with self.subTest(f"a certificate with {what} is forbidden"), Talk(server.connect(what)) as talk:
+                    answer = talk.ask("GET", "/todo")
+                    self.assert_sound(answer, 403)
+                    self.assertEqual(answer.json["error"],
+                                     f"client certificate: CN {name!r} is not in the allowed list")
+                    line = server.stderr.wait_for(lambda lines: "FORBIDDEN" in "".join(lines[-1:]))[-2:]
+                    admit = f"; to admit: --allow-cn mtls-client {name!r}" if name else ""
+                    self.assertEqual(line, [
+                        f"[SERVER] REQUEST | peer=127.0.0.1 | cert-CN={name!r} | \"GET /todo HTTP/1.1\" 403 -",
+                        f"[SERVER] FORBIDDEN | CN={name!r} | not in the allowed list{admit}"])
+                self.assert_served(server)   # and its line is the log's last now
+
+    def test_each_client_sees_the_same_list_under_its_own_name(self) -> None:
+        """GET after any POST shows the new item, to both of two clients, each by its CN."""
+        with (self.serving("--allow-cn", "mtls-client", "mallory") as server,
+              Talk(server.connect("client")) as client, Talk(server.connect("mallory")) as mallory):
+            talks = {"mtls-client": client, "mallory": mallory}
+            known = self.todos(server)
+            for poster in ("mtls-client", "mallory", "mallory", "mtls-client"):
+                answer = talks[poster].ask("POST", "/todo", todo(task=f"by {poster}"))
+                known.append({"id": len(known) + 1, "task": f"by {poster}", "done": False})
+                self.assertEqual(answer.json, {"client": poster, "message": "TODO item created", "todo": known[-1]})
+                for reader in ("mallory", "mtls-client", "mtls-client", "mallory"):
+                    self.assertEqual(talks[reader].ask("GET", "/todo").json, {"client": reader, "todos": known})
+
+
+def path_and_method_cases() -> Iterator[Case]:
+    """404, 405, 501, and what is the list all the same."""
+    for method in METHODS:
+        yield Case(f"{method} of an unknown path", request(method, "/nothing"), 404, says="path")
+    for path in ("/", "/todo/", "/todo/1", "/TODO", "/nothing?/todo", "//todo", "//localhost/todo", "*",
+                 "https://localhost:8443/", "https://localhost:8443", "https://localhost:8443/nothing",
+                 "https://[/todo"):
+        yield Case(f"GET of {path}", request("GET", path), 404, says="path")
+    for target in ("/todo?", "/todo?page=2&x=/nothing", "https://localhost:8443/todo", "https://[::1]/todo?x=y"):
+        yield Case(f"GET of {target}", request("GET", target), 200, closes=False)
+        yield Case(f"HEAD of {target}", request("HEAD", target), 200, closes=False)
+        yield Case(f"POST of {target}", request("POST", target, todo(task="x")), 201, closes=False)
+    for method in METHODS[3:]:
+        yield Case(f"{method} of /todo", request(method, "/todo"), 405, says="method")
+    for method in ("BREW", "get", "GETT", "__class__", "M-SEARCH"):
+        yield Case(f"the unknown method {method}", request(method, "/todo"), 501)
+
+
+def content_type_cases() -> Iterator[Case]:
+    """A browser can be made to send a form, but not JSON."""
+    for kind in ("application/json; charset=utf-8", "Application/JSON", 'application/json;charset="utf-8"'):
+        yield Case(f"a POST of {kind}", request("POST", "/todo", todo(task="x"), Content_Type=kind), 201, closes=False)
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
+                 "application/jsonx", "application/json-patch+json", "text/plain; application/json", "text/json",
+                 "json", "*/*", "", " ", "application/json/x", "text/plain, application/json"):
+        for body in (todo(task="never stored"), HIDDEN):
+            yield Case(f"a POST of {kind!r} with the body {body!r}",
+                       request("POST", "/todo", body, Content_Type=kind), 415, says="Content-Type: application/json")
+    yield Case("a POST without Content-Type", head("POST /todo HTTP/1.1", HOST, HIDDEN_LENGTH) + HIDDEN, 415)
+
+
+def validation_cases() -> Iterator[Case]:
+    """Bodies that are no TODO item: 400 names the field and the rule."""
+    deep = "^body: nested more than 100 levels deep$"
+    bodies: dict[str, tuple[bytes, str]] = {
+        "an empty body": (b"", "body: .*JSON"),
+        "a broken body": (b"{", "body: .*JSON"),
+        "a body with more after the object": (b'{"task": "x"} x', "body: .*JSON"),
+        "a body with single quotes": (b"{'task': 'x'}", "body: .*JSON"),
+        "a body with a raw line end in the task": (b'{"task": "a\nb"}', "body: .*JSON"),
+        "a form": (b"task=x", "body: .*JSON"),
+        "a request as body": (HIDDEN, "body: .*JSON"),
+        "a body in Latin-1": ('{"task": "Añadir"}'.encode("latin-1"), "body: .*UTF-8"),
+        "a body in UTF-16": ('{"task": "x"}'.encode("utf-16"), "body: .*UTF-8"),
+        "a body with a surrogate in UTF-8": (b'{"task": "\xed\xa0\x80"}', "body: .*UTF-8"),
+        "a body with a byte order mark": (b'\xef\xbb\xbf{"task": "x"}', "body: .*JSON"),
+        "NaN in the task's place": (b'{"task": NaN}', "JSON"),
+        "NaN in another field": (b'{"task": "x", "other": NaN}', "JSON"),
+        "Infinity in another field": (b'{"task": "x", "other": [-Infinity]}', "JSON"),
+        "a 10,000-digit number": (b'{"task": "x", "other": ' + b"1" * 10_000 + b"}", "body: "),
+        "a body nested 65,000 deep": (b"[" * 65_000, deep),
+        "a body nested 30,000 deep and closed": (b"[" * 30_000 + b"]" * 30_000, deep),
+        "objects nested 10,000 deep": (b'{"a":' * 10_000, deep),
+        **{f"101 levels after the string {text}": (f'{{"task": {text}, "o": {"[" * 100}1{"]" * 100}}}'.encode(), deep)
+           for text in ('"x"', r'"\""', r'"\\"', '"]"')},
+        "two tasks": (b'{"task": "a", "task": "evil"}', "^body: .*twice"),
+        "two tasks in two spellings": (b'{"task": "a", "t\\u0061sk": "evil"}', "^body: .*twice"),
+        "another key twice, further in": (b'{"task": "a", "o": [{"x": 1, "x": 1}]}', "^body: .*twice"),
+        "a list": (b'[{"task": "x"}]', "body: .*object"),
+        "a string": (b'"task"', "body: .*object"),
+        "a number": (b"1", "body: .*object"),
+        "null": (b"null", "body: .*object"),
+        "no task": (todo(done=True), "task: .*non-empty"),
+        "a task under another name": (todo(Task="x"), "task: .*non-empty"),
+        "an empty task": (todo(task=""), "task: .*non-empty"),
+        "a task of spaces": (todo(task="  \t\r\n\u2003"), "task: .*non-empty"),
+        "a task of 1,001 characters": (todo(task="x" * 1001), "task: .*1,?000"),
+        "a task with a high lone surrogate": (b'{"task": "\\ud800"}', "task: "),
+        "a task with a low lone surrogate": (b'{"task": "a\\udfffb"}', "task: "),
+        "a task with surrogates in the wrong order": (b'{"task": "\\udc00\\ud800"}', "task: "),
+    }
+    value: Any
+    for value in (None, True, 1, 1.5, [], ["x"], {}, {"task": "x"}):
+        bodies[f"the task {value!r}"] = (todo(task=value), "task: .*string")
+    for value in (None, 0, 1, "true", "", [], {}):
+        bodies[f"the done {value!r}"] = (todo(task="x", done=value), "done: .*true or false")
+    for what, (body, says) in bodies.items():
+        yield Case(what, request("POST", "/todo", body), 400, says=says)
+
+
+def order_cases() -> Iterator[Case]:
+    """Requests with several faults get the answer to the one that is judged first (as an allowed client)."""
+    large, unsound, text = "Content-Length: 65537", "Content-Length: five", "Content-Type: text/plain"
+    for what, method, path, fields, status in (
+            ("a broken header, an unknown method and path", "BREW", "/nothing", ["x"], 400),
+            ("an unknown method and path", "BREW", "/nothing", [], 404),
+            ("an unknown path and a wrong method", "PUT", "/nothing", [], 404),
+            ("an unknown path and an unsound length", "POST", "/nothing", [unsound], 404),
+            ("an unknown path and no length", "POST", "/nothing", [], 404),
+            ("an unknown path and a large body", "POST", "/nothing", [large], 404),
+            ("a wrong method and an unsound length", "PUT", "/todo", [unsound], 405),
+            ("a wrong method and a large body", "PUT", "/todo", [large], 405),
+            ("an unsound length and a wrong Content-Type", "POST", "/todo", [unsound, text], 400),
+            ("a wrong Content-Type and no length", "POST", "/todo", [text], 415),
+            ("a wrong Content-Type and a large body", "POST", "/todo", [text, large], 415),
+            ("a large body that never comes", "POST", "/todo", [JSON, large], 413)):
+        yield Case(what, head(f"{method} {path} HTTP/1.1", HOST, *fields), status)
+    yield Case("an unknown path and a broken body", request("POST", "/nothing", b"{"), 404)
+    yield Case("a wrong method and a broken body", request("PATCH", "/todo", b"{"), 405)
+    yield Case("a large and broken body", request("POST", "/todo", b"{" * (MAX_BODY + 1)), 413)
+    yield Case("a wrong Content-Type and a broken body", request("POST", "/todo", b"{", Content_Type="text/plain"), 415)
+
+
+def forbidden_cases() -> Iterator[Case]:
+    """What a client hears whose CN is not allowed: 403, unless its request cannot be read at all."""
+    for method in (*METHODS, "BREW"):
+        for path in ("/todo", "/nothing"):
+            yield Case(f"mallory's {method} of {path}", request(method, path), 403, says="mallory")
+    for method in ("GET", "POST", "PUT", "BREW"):
+        for fields in (["Content-Length: 65537"], ["Content-Length: five"], ["Transfer-Encoding: chunked"],
+                       [HIDDEN_LENGTH], ["Content-Length: 0", HIDDEN_LENGTH], [HIDDEN_LENGTH, "Expect: 100-continue"]):
+            yield Case(f"mallory's {method} with {' and '.join(fields)} and a request as body",
+                       head(f"{method} /todo HTTP/1.1", HOST, *fields) + HIDDEN, 403, says="mallory")
+    yield Case("mallory's POST of a broken body", request("POST", "/todo", b"{"), 403, says="mallory")
+    yield Case("mallory's sound POST", request("POST", "/todo", todo(task="x")), 403, says="mallory")
+    yield Case("mallory's rubbish", b"rubbish\r\n", 400, True)
+    yield Case("mallory's request without Host", head("GET /todo HTTP/1.1"), 400, True)
+    yield Case("mallory's broken header", head("GET /todo HTTP/1.1", HOST, "x"), 400, True)
+    yield Case("mallory's HTTP/2.0", head("GET /todo HTTP/2.0", HOST), 505, True)
+    yield Case("mallory's long request line", request("GET", "/" + "x" * MAX_BODY), 414, True)
+    yield Case("mallory's 101 headers", head("GET /todo HTTP/1.1", *(f"X-{n}: y" for n in range(101))), 431, True)
+
+
+class TestEndpoints(CasesCase):
+    """GET and POST /todo, and nothing else."""
+
+    seconds = 5
+
+    def test_cases(self) -> None:
+        """Each request gets its answer, is logged once, and adds to the list only what it should."""
+        self.assert_cases((*path_and_method_cases(), *content_type_cases()))
+        self.assert_cases((*validation_cases(), *order_cases()))
+        self.assert_cases(forbidden_cases(), "mallory")
+
+    def test_items_that_are_accepted(self) -> None:
+        """A POST answers with the item as it is on the list from then on."""
+        items: dict[str, dict[str, Any]] = {
+            "a task with ñ": {"task": "Añadir endpoint POST"},
+            "a done task": {"task": "x", "done": True},
+            "a task that is not done": {"task": "x", "done": False},
+            "a task with spaces around it": {"task": "  x \n"},
+            "a task of 1,000 characters of 4 bytes": {"task": "\U0001f600" * 1000},
+            "a task of control characters": {"task": "\x00\x07\x1b[2J\x7f\x85\u2028\u202e"},
+            "a task that looks like JSON": {"task": '{"task": "\\"}'},
+            "a task of 1,000 brackets": {"task": '\\"' + "[" * 500 + "{" * 498},
+            "unknown fields": {"task": "x", "id": 1, "other": ["y"], "Done": "z"},
+            "100 levels": {"task": "x", "other": json.loads("[" * 99 + "]" * 99)},
+            "many lists side by side": {"task": "x", "other": [[]] * 1000},
+        }
+        with Talk(self.server.connect()) as talk:
+            for what, item in items.items():
+                for form, ascii_only in (("escapes", True), ("characters", False)):
+                    body = json.dumps(item, ensure_ascii=ascii_only)
+                    with self.subTest(f"{what}, written with {form}, is stored as given"):
+                        known = talk.ask("GET", "/todo").json["todos"]
+                        answer = talk.ask("POST", "/todo", body.encode())
+                        self.assert_sound(answer, 201)
+                        stored = {"id": len(known) + 1, "task": item["task"], "done": item.get("done", False)}
+                        self.assertEqual(answer.json["todo"], stored)
+                        listed = talk.ask("GET", "/todo")
+                        self.assert_sound(listed, 200)
+                        self.assertEqual(listed.json["todos"], [*known, stored])
+
+    def test_a_full_list(self) -> None:
+        """The 1,001st item is refused with 507 that says so, after everything else was judged; the list serves on."""
+        with self.serving() as server, Talk(server.connect()) as talk:
+            data = request("POST", "/todo", todo(task="one of many"))
+            for count in (100,) * 9 + (95,):
+                talk.send(data * count)
+                self.assertEqual({talk.answer().status for _ in range(count)}, {201})
+            full = talk.ask("POST", "/todo", todo(task="one too many"))
+            self.assert_sound(full, 507)
+            self.assertRegex(full.json["error"], "full.*1,?000")
+            self.assert_sound(talk.ask("POST", "/todo", todo(task="")), 400)
+            todos = talk.ask("GET", "/todo").json["todos"]
+            self.assertEqual([item["id"] for item in todos], list(range(1, 1001)))
+            self.assertEqual({item["task"] for item in todos[5:]}, {"one of many"})
+
+    def test_deep_nesting_with_small_stacks(self) -> None:
+        """65,000 brackets cannot overrun the stack of a thread of 1 MiB, as musl and Windows have it."""
+        with self.serving(ulimit="-s 1024") as server, Talk(server.connect()) as talk:
+            for body in (b"[" * 65_000, b'{"a":' * 13_000):
+                self.assert_sound(talk.ask("POST", "/todo", body), 400)
+
+
+class TestLog(ServerCase):
+    """What the server writes to stderr."""
+
+    def test_the_lines_of_each_request(self) -> None:
+        """As the description shows them: 200 and 201 have their lines, 403 its reason, all else REQUEST alone."""
+        def line(status: int, what: str, name: str = "mtls-client") -> str:
+            return f"[SERVER] REQUEST | peer=127.0.0.1 | cert-CN='{name}' | \"{what}\" {status} -"
+
+        serving = "[SERVER] AUTHENTICATED | CN='mtls-client' | serving /todo"
+        creating = "[SERVER] AUTHENTICATED | CN='mtls-client' | creating TODO"
+        created = "[SERVER] TODO CREATED | CN='mtls-client' | item="
+        script: list[tuple[str, str, bytes | None, list[str]]] = [
+            ("POST", "/todo", todo(task="Añadir endpoint POST"), [line(201, "POST /todo HTTP/1.1"), creating,
+             created + "{'id': 6, 'task': 'Añadir endpoint POST', 'done': False}"]),
+            ("GET", "/todo", None, [line(200, "GET /todo HTTP/1.1"), serving]),
+            ("GET", "/todo?x=%20y", None, [line(200, "GET /todo?x=%20y HTTP/1.1"), serving]),
+            ("HEAD", "/todo", None, [line(200, "HEAD /todo HTTP/1.1"), serving]),
+            ("GET", "/nothing", None, [line(404, "GET /nothing HTTP/1.1")]),
+            ("DELETE", "/todo", None, [line(405, "DELETE /todo HTTP/1.1")]),
+            ("POST", "/todo", b"{", [line(400, "POST /todo HTTP/1.1")]),
+            ("BREW", "/todo", None, [line(501, "BREW /todo HTTP/1.1")]),
+        ]
+        with self.serving() as server:
+            with Talk(server.connect()) as talk:
+                for method, path, body, _ in script:
+                    talk.ask(method, path, body)
+            with Talk(server.connect("mallory")) as talk:
+                talk.ask("GET", "/nothing")
+            expected = [one for *_, lines in script for one in lines] + [
+                line(403, "GET /nothing HTTP/1.1", "mallory"),
+                "[SERVER] FORBIDDEN | CN='mallory' | not in the allowed list; "
+                "to admit: --allow-cn mtls-client 'mallory'"]
+            self.assertEqual(server.stderr.wait_for(lambda lines: len(lines) >= len(expected)), expected)
+
+    def test_no_peer_can_forge_a_line_or_drive_a_terminal(self) -> None:
+        """Control characters are escaped in a task and in a common name (for request lines see test_strict_http)."""
+        forged = "[SERVER] FORGED | all is well"
+        name = "nasty\r\n" + forged + "\x1b[2J\x9b\u202e\u2028|"
+        issue(lab(), "nasty", f"/CN={name}")
+        bad = ("\n", "\r\n", "\r", "\x1b[2J\x1b]0;x\x07", "\x00", "\x08\x08", "\x7f", "\x85", "\x9b2J", "\t", "\x0b",
+               "\xa0", "\xad", "\u2028", "\u2029", "\u202e", "\ufeff", "\U000e0001")
+        with self.serving("--allow-cn", "mtls-client", name) as server:
+            for certificate in ("client", "nasty"):
+                with Talk(server.connect(certificate)) as talk:
+                    for text in bad:
+                        answer = talk.ask("POST", "/todo", todo(task=f"a{text}{forged}"))
+                        self.assertEqual(answer.status, 201, repr(text))
+            lines = server.stderr.wait_for(lambda lines: len(lines) >= 6 * len(bad))
+            self.assertEqual(len(lines), 6 * len(bad), "there should be no line more")
+            for line in lines:
+                self.assertRegex(line, r"^\[SERVER\] (REQUEST|AUTHENTICATED|TODO CREATED) \| ")
+                self.assertTrue(line.isprintable(), f"a control character is in {line!r}")
+
+    def test_a_log_that_nobody_reads(self) -> None:
+        """Nobody waits for its reader: requests and handshakes go on, and what was dropped is counted exactly."""
+        rounds, batch = 30, 100
+        with self.serving() as server, Talk(server.connect()) as talk:
+            server.stderr.reading.clear()
+            for turn in range(rounds):
+                talk.send(b"".join(request("GET", f"/todo?n={turn * batch + n}") for n in range(batch)))
+                self.assertEqual({talk.answer().status for _ in range(batch)}, {200})
+            with Talk(server.connect()) as other:
+                self.assertEqual(other.ask("GET", f"/todo?n={rounds * batch}").status, 200)
+            server.stderr.reading.set()
+            dropped = re.compile(r"\[SERVER\] LOG \| (\d+) entries dropped: nobody read the log")
+            server.stderr.wait_for("LOG | ")
+            self.assertEqual(talk.ask("GET", "/todo?last").status, 200)
+            lines = server.stderr.wait_for("/todo?last")
+            numbers = [int(found) for line in lines for found in re.findall(r"n=(\d+) HTTP", line)]
+            self.assertEqual(numbers, sorted(set(numbers)), "what is logged stands in its order")
+            self.assertLess(len(numbers), rounds * batch, "the reader's pipe cannot have taken all")
+            self.assertGreaterEqual(len(numbers), 1000, "the queue holds 1,000 entries")
+            self.assertEqual(len(numbers) + sum(int(found[1]) for line in lines if (found := dropped.fullmatch(line))),
+                             rounds * batch + 1)
+            for line, following in zip(lines, [*lines[1:], "serving"], strict=True):
+                self.assertTrue("REQUEST" not in line or "serving" in following, "an entry is logged or dropped whole")
+
+    def test_stop_with_a_log_that_nobody_reads(self) -> None:
+        """It ends in time, also if stdout is the same stuck pipe, and a request runs."""
+        for one_pipe in (False, True):
+            with (self.subTest(one_pipe=one_pipe), Server(lab(), one_pipe=one_pipe) as server,
+                  Talk(server.connect()) as talk):
+                server.stderr.reading.clear()
+                for _ in range(20):
+                    talk.send(request("GET", "/todo") * 100)
+                    self.assertEqual({talk.answer().status for _ in range(100)}, {200})
+                talk.send(request("POST", "/todo", b"{}", Expect="100-continue")[:-2])
+                self.assertEqual(talk.file.readline(), b"HTTP/1.1 100 Continue\r\n")
+                started = time.monotonic()
+                self.assertEqual(server.stop(), 0)
+                self.assertLess(time.monotonic() - started, 12, "5 s are promised")
+
+
+class TestStart(unittest.TestCase):
+    """What it says when it starts, and a server that cannot start says in one line what to do."""
+
+    def refusal(self, result: subprocess.CompletedProcess[str]) -> str:
+        """The one ERROR line of a server that exited with 1."""
+        self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+        self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z")
+        return result.stderr
+
+    def test_certificate_files(self) -> None:
+        """Missing, unreadable, malformed, encrypted files, and some that do not belong together."""
+        def missing(file: Path) -> None:
+            file.unlink()
+
+        def empty(file: Path) -> None:
+            file.write_bytes(b"")
+
+        def rubbish(file: Path) -> None:
+            file.write_bytes(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
+
+        def folder(file: Path) -> None:
+            file.unlink()
+            file.mkdir()
+
+        def of_a_client(file: Path) -> None:
+            shutil.copy(lab().certs / file.name.replace("server", "client"), file)
+
+        def with_its_key(file: Path) -> None:
+            of_a_client(file)
+            of_a_client(file.with_suffix(".key"))
+
+        def of_another_ca(file: Path) -> None:
+            shutil.copy(other_lab().certs / file.name, file)
+
+        def encrypted(file: Path) -> None:
+            openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", lab().certs / "server.key", "-out", file)
+
+        def unreadable(file: Path) -> None:
+            file.chmod(0)
+
+        cases: list[tuple[str, Callable[[Path], None], str]] = [
+            *((name, spoil, r"gen_certs\.sh") for name in ("ca.crt", "server.crt", "server.key")
+              for spoil in (missing, empty, rubbish, folder)),
+            ("server.key", of_a_client, "key values mismatch"),
+            ("server.key", encrypted, "server.key do not fit or cannot be used"),
+            ("ca.crt", of_another_ca, r"run bash certs/gen_certs\.sh again"),
+            ("server.crt", with_its_key, r"run bash certs/gen_certs\.sh again"),
+        ]
+        if os.getuid():   # root may read everything
+            cases.append(("server.key", unreadable, r"gen_certs\.sh"))
+        spoilt = [copy_of_lab("spoilt") for _ in cases]
+        for of, (name, spoil, _) in zip(spoilt, cases, strict=True):
+            spoil(of.certs / name)
+        results = side_by_side(lambda of: of.run("server/server.py", "--port", "0"), spoilt)
+        for result, (name, spoil, words) in zip(results, cases, strict=True):
+            with self.subTest(file=name, spoilt=spoil.__name__):
+                named = "" if spoil is of_another_ca else name.partition(".")[0]
+                self.assertRegex(self.refusal(result), f"{named}.*{words}")
+
+    def test_dates(self) -> None:
+        """With a certificate that has expired or is not valid yet it starts, and says that clients will refuse it."""
+        for words, start, end in (("certificate has expired", "20200101000000Z", "20200201000000Z"),
+                                  ("certificate is not yet valid", "20490101000000Z", "20490201000000Z")):
+            of = copy_of_lab("dates")
+            issue(of, "server", "/CN=localhost", "subjectAltName = IP:127.0.0.1", start, end)
+            with self.subTest(words), Server(of) as server:
+                line, = server.stderr.wait_for("WARNING")
+                self.assertRegex(line, rf"^\[SERVER\] WARNING: .*server\.crt.*{words}: clients will refuse it; .+")
+                self.assertRaisesRegex(ssl.SSLCertVerificationError, words, server.connect)
+
+    def test_port_and_host(self) -> None:
+        """A busy port, a host that is none or not of this machine."""
+        with Server(lab()) as server:
+            refusal = self.refusal(lab().run("server/server.py", "--port", str(server.port)))
+            self.assertIn("(address already in use); stop the program that uses this port, or take another one in both "
+                          "terminals: export MTLS_SERVER_PORT=8444", refusal)
+            with Talk(server.connect()) as talk:
+                self.assertEqual(talk.ask("GET", "/todo").status, 200)
+        hosts = ("no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "2001:db8::1")
+        results = side_by_side(lambda host: lab().run("server/server.py", "--port", "0", "--host", host), hosts)
+        results.append(lab().run("server/server.py", "--port", "0", env={"MTLS_SERVER_HOST": "192.0.2.1"}))
+        for host, result in zip((*hosts, "a variable"), results, strict=True):
+            with self.subTest(host=host):
+                self.assertIn("--host", self.refusal(result))
+
+    def test_addresses(self) -> None:
+        """For all addresses it says where to connect; IPv6 has brackets. What it says can be reached and verified."""
+        for host, connect_to in (("0.0.0.0", "127.0.0.1"), ("::1", "::1"), ("::", "::1")):   # noqa: S104
+            with self.subTest(host):
+                if ":" in host:
+                    try:
+                        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+                    except OSError:
+                        self.skipTest("this machine has no IPv6")
+                with Server(lab(), "--host", host) as server:
+                    shown = f"[{host}]" if ":" in host else host
+                    lines = [line.format(port=server.port).replace("127.0.0.1", shown) for line in GREETING]
+                    if host != "::1":
+                        line = server.stdout.now()[-2]
+                        self.assertRegex(line, r"^\[SERVER\] On this machine, clients connect to: https://\S+:\d+$")
+                        lines.insert(-1, line)
+                        url = urlsplit(line.rpartition(" ")[2])
+                        self.assertEqual(url.port, server.port)
+                        with (server.connect_plain(host=url.hostname or "") as plain,
+                              lab().context().wrap_socket(plain, server_hostname=url.hostname)):
+                            pass
+                    self.assertEqual(server.stdout.now(), lines)
+                    with Talk(lab().context().wrap_socket(server.connect_plain(host=connect_to),
+                                                          server_hostname="localhost")) as talk:
+                        self.assertEqual(talk.ask("GET", "/todo").status, 200)
+                    server.stderr.wait_for(f"peer={connect_to} |")
+
+    def test_settings(self) -> None:
+        """The environment's are taken, a flag wins, and what makes no sense is refused with exit code 2."""
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        with Server(lab(), env={"MTLS_SERVER_PORT": port, "LC_ALL": "C"}, port=None) as server:
+            self.assertEqual(str(server.port), port)
+        with Server(lab(), "--host", "127.0.0.1", env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):
+            pass
+        variable = "MTLS_SERVER_PORT: '{}' is no port (0 to 65535)"
+        cases: list[tuple[list[str], dict[str, str | None], str]] = [
+            *(([flag, value], {}, f"argument {flag}") for flag, value in (
+                ("--port", "banana"), ("--port", "99999"), ("--port", "-1"), ("--port", ""), ("--host", ""),
+                ("--allow-cn", ""), ("--allow-cn", "a,,b"))),
+            (["--allow-cn"], {}, ""), (["--nonsense"], {}, ""), (["extra"], {}, ""),
+            ([], {"MTLS_ALLOWED_CNS": ","}, "MTLS_ALLOWED_CNS"),
+            ([], {"MTLS_SERVER_PORT": "banana"}, variable.format("banana")),
+            ([], {"MTLS_SERVER_PORT": "99999"}, variable.format("99999")),
+        ]
+        results = side_by_side(lambda case: lab().run("server/server.py", *case[0], env=case[1]), cases)
+        for (arguments, env, words), result in zip(cases, results, strict=True):
+            with self.subTest(arguments=arguments, env=env):
+                self.assertEqual((result.returncode, result.stdout), (2, ""))
+                self.assertIn(f"server.py: error: {words}", result.stderr)
+        result = lab().run("server/server.py", "--help")
+        self.assertEqual((result.returncode, result.stderr), (0, ""))
+        self.assertIn("MTLS_SERVER_PORT", result.stdout)
+
+
+class TestOutputAndStop(ServerCase):
+    """From the greeting to "Stopped."."""
+
+    def test_greeting_and_end(self) -> None:
+        """As the description shows them, on Ctrl+C and on SIGTERM."""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with self.subTest(number.name), Server(lab()) as server:
+                self.assert_served(server)
+                self.assertEqual(server.stop(number), 0)
+                self.assertEqual(server.stdout.all(),
+                                 [*(line.format(port=server.port) for line in GREETING), "[SERVER] Stopped."])
+
+    def test_terminal_without_enye(self) -> None:
+        """Where ñ cannot be shown, the log has an escape instead."""
+        with self.serving(env={"PYTHONIOENCODING": "ascii"}) as server, Talk(server.connect()) as talk:
+            self.assertEqual(talk.ask("POST", "/todo", todo(task="Añadir")).status, 201)
+            server.stderr.wait_for(r"'task': 'A\xf1adir'")
+
+    def test_reader_that_leaves(self) -> None:
+        """A server whose output's reader has left ends without a traceback."""
+        script = f'"{sys.executable}" "{lab().root}/server/server.py" --port 0 & echo $! >&2; wait $!; echo $? >&2'
+        with subprocess.Popen(["sh", "-c", script], env=environment(), stdin=subprocess.DEVNULL, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+            assert process.stdout and process.stderr
+            pid = int(process.stderr.readline())
+            self.assertIn("listening", process.stdout.readline())
+            process.stdout.close()
+            os.kill(pid, signal.SIGTERM)
+            self.assertEqual(process.stderr.read(), "0\n")
+
+    def test_ctrl_c_while_a_request_runs(self) -> None:
+        """It says what it waits for; the request is finished, or a second Ctrl+C ends at once."""
+        waiting = "[SERVER] Waiting for running requests, 5 s at most; Ctrl+C again ends at once."
+        data = request("POST", "/todo", todo(task="in the end"), Expect="100-continue")
+        for again in (False, True):
+            with self.subTest(again=again), Server(lab()) as server, Talk(server.connect()) as talk:
+                talk.send(data[:-5])
+                self.assertEqual(talk.file.readline(), b"HTTP/1.1 100 Continue\r\n")
+                server.process.send_signal(signal.SIGINT)
+                self.assertEqual(server.stdout.wait_for("Waiting")[-1], waiting)
+                if again:
+                    self.assertEqual(server.stop(signal.SIGINT), 1)
+                    continue
+                talk.send(data[-5:])
+                self.assertEqual((talk.file.readline(), talk.answer().status), (b"\r\n", 201))
+                self.assertEqual(server.process.wait(PATIENCE), 0)
+                self.assertEqual(server.stdout.all()[-2:], [waiting, "[SERVER] Stopped."])
+
+
+if __name__ == "__main__":
+    unittest.main()

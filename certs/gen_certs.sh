@@ -40,7 +40,7 @@ case $#:${1:-} in
     name=$2
     case $name in
       '' | [.-]* | *[!A-Za-z0-9._-]*)
-        refuse "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'" ;;
+        refuse "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', the first no '.' or '-'" ;;
       [Cc][Aa] | [Ss][Ee][Rr][Vv][Ee][Rr] | [Cc][Ll][Ii][Ee][Nn][Tt])   # whatever the case: file systems may ignore it
         refuse "'$name' is of the whole set; choose another NAME" ;;
     esac

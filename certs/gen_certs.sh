@@ -39,8 +39,10 @@ case $#:${1:-} in
   2:client)
     name=$2
     case $name in
-      '' | [.-]* | *[!A-Za-z0-9._-]*) refuse "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', beginning with a letter, digit or '_'" ;;
-      [Cc][Aa] | [Ss][Ee][Rr][Vv][Ee][Rr] | [Cc][Ll][Ii][Ee][Nn][Tt]) refuse "'$name' is of the whole set; choose another NAME" ;;
+      '' | [.-]* | *[!A-Za-z0-9._-]*)
+        refuse "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', the first no '.' or '-'" ;;
+      [Cc][Aa] | [Ss][Ee][Rr][Vv][Ee][Rr] | [Cc][Ll][Ii][Ee][Nn][Tt])   # whatever the case: file systems may ignore it
+        refuse "'$name' is of the whole set; choose another NAME" ;;
     esac
     [ "${#name}" -le 64 ] || refuse 'a NAME has at most 64 characters (the limit of a common name)'
     files=(ca.srl "$name.key" "$name.csr" "$name.crt" "$name.pfx") ;;
@@ -55,7 +57,13 @@ case $OSTYPE in
 esac
 
 certs=$(cd -- "$(dirname -- "$0")" && pwd -P)
-cannot() { local mode who; read -r mode _ who _ < <(ls -ld "$2"); fail "cannot $1 $2: it is $who's, $mode; use chown or chmod"; }
+
+# cannot DO FILE: says whose it is.
+cannot() {
+  local mode who
+  read -r mode _ who _ < <(ls -ld "$2")
+  fail "cannot $1 $2: it is $who's, $mode; use chown or chmod"
+}
 
 command -v openssl >/dev/null || fail 'the openssl command is missing; install OpenSSL 1.1.1+ or LibreSSL 3.3+'
 version=$(openssl version) || fail 'the openssl command does not run; install OpenSSL 1.1.1+ or LibreSSL 3.3+'
@@ -92,8 +100,7 @@ trap 'exit 130' INT
 trap 'exit 143' TERM
 work=$(mktemp -d "$certs/.new.XXXXXX" 2>/dev/null) || cannot "write in" "$certs"
 
-# Every command that could fail where nobody expects it goes through one of these. What it says
-# is kept in memory, because the disk may be full, and shown only if it fails.
+# What a command says is kept in memory, because the disk may be full, and shown if it fails.
 said=
 try() { said=$(exec 9>&-; exec "$@" 2>&1); }   # 9, the lock: a child that outlives us must not hold it
 run() { try openssl "$@" || give_up; }
@@ -187,14 +194,14 @@ install() {
   mkdir old
   trap '' HUP INT TERM
   for file in "${files[@]}"; do
-    [ ! -e "$certs/$file" ] || try mv -f "$certs/$file" old/ || fail "cannot replace certs/$file: ${said##*: }; $unchanged"
+    [ ! -e "$certs/$file" ] || try mv -f "$certs/$file" old/ ||
+      fail "cannot replace certs/$file: ${said##*: }; $unchanged"
   done
-  cd certs
-  if ! try mv -f "${files[@]}" "$certs/"; then
+  if ! try mv -f "${files[@]/#/certs/}" "$certs/"; then
     (cd "$certs" && rm -f "${files[@]}")
     fail "cannot write in $certs: ${said##*: }; $unchanged"
   fi
-  mv ../old ../replaced   # nothing to put back any more
+  mv old replaced   # nothing to put back any more
 }
 
 valid_until() { openssl x509 -noout -enddate -in "$certs/$1.crt" | tr -d '\r' | sed 's/notAfter=/valid until /'; }

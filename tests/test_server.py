@@ -404,6 +404,8 @@ class TestEndpoints(CasesCase):
 class TestLog(ServerCase):
     """What the server writes to stderr."""
 
+    seconds = 6
+
     def test_the_lines_of_each_request(self) -> None:
         """As the description shows them: 200 and 201 have their lines, 403 its reason, all else REQUEST alone."""
         def line(status: int, what: str, name: str = "mtls-client") -> str:
@@ -481,7 +483,8 @@ class TestLog(ServerCase):
     def test_stop_with_a_log_that_nobody_reads(self) -> None:
         """It ends in time, also if stdout is the same stuck pipe, and a request runs."""
         for one_pipe in (False, True):
-            with (self.subTest(one_pipe=one_pipe), Server(lab(), one_pipe=one_pipe) as server,
+            with (self.subTest(one_pipe=one_pipe),
+                  Server(lab(), one_pipe=one_pipe, constants={"connections.STOP_SECONDS": 1.0}) as server,
                   Talk(server.connect()) as talk):
                 server.stderr.reading.clear()
                 for _ in range(20):
@@ -491,7 +494,7 @@ class TestLog(ServerCase):
                 self.assertEqual(talk.file.readline(), b"HTTP/1.1 100 Continue\r\n")
                 started = time.monotonic()
                 self.assertEqual(server.stop(), 0)
-                self.assertLess(time.monotonic() - started, 12, "5 s are promised")
+                self.assertLess(time.monotonic() - started, 10, "it should wait for the request, and not much longer")
 
 
 class TestStart(unittest.TestCase):
@@ -561,7 +564,7 @@ class TestStart(unittest.TestCase):
             issue(of, "server", "/CN=localhost", "subjectAltName = IP:127.0.0.1", start, end)
             with self.subTest(words), Server(of) as server:
                 line, = server.stderr.wait_for("WARNING")
-                self.assertRegex(line, rf"^\[SERVER\] WARNING: .*server\.crt.*{words}: clients will refuse it; .+")
+                self.assertRegex(line, rf"^\[SERVER\] WARNING: .*server\.crt.*{words}.*: clients will refuse it; .+")
                 self.assertRaisesRegex(ssl.SSLCertVerificationError, words, server.connect)
 
     def test_port_and_host(self) -> None:

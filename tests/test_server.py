@@ -13,8 +13,7 @@ import subprocess
 import sys
 import time
 import unittest
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -508,53 +507,34 @@ class TestStart(unittest.TestCase):
 
     def test_certificate_files(self) -> None:
         """Missing, unreadable, malformed, encrypted files, and some that do not belong together."""
-        def missing(file: Path) -> None:
-            file.unlink()
-
-        def empty(file: Path) -> None:
-            file.write_bytes(b"")
-
-        def rubbish(file: Path) -> None:
-            file.write_bytes(b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n")
-
-        def folder(file: Path) -> None:
-            file.unlink()
-            file.mkdir()
-
-        def of_a_client(file: Path) -> None:
-            shutil.copy(lab().certs / file.name.replace("server", "client"), file)
-
-        def with_its_key(file: Path) -> None:
-            of_a_client(file)
-            of_a_client(file.with_suffix(".key"))
-
-        def of_another_ca(file: Path) -> None:
-            shutil.copy(other_lab().certs / file.name, file)
-
-        def encrypted(file: Path) -> None:
-            openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", lab().certs / "server.key", "-out", file)
-
-        def unreadable(file: Path) -> None:
-            file.chmod(0)
-
-        cases: list[tuple[str, Callable[[Path], None], str]] = [
-            *((name, spoil, r"gen_certs\.sh") for name in ("ca.crt", "server.crt", "server.key")
-              for spoil in (missing, empty, rubbish, folder)),
-            ("server.key", of_a_client, "key values mismatch"),
-            ("server.key", encrypted, "server.key do not fit or cannot be used"),
-            ("ca.crt", of_another_ca, r"run bash certs/gen_certs\.sh again"),
-            ("server.crt", with_its_key, r"run bash certs/gen_certs\.sh again"),
+        names, folder = ("ca.crt", "server.crt", "server.key"), b"a folder"
+        rubbish = b"-----BEGIN CERTIFICATE-----\nAAAA\n-----END CERTIFICATE-----\n"
+        client = {f"server.{ending}": (lab().certs / f"client.{ending}").read_bytes() for ending in ("crt", "key")}
+        encrypted = openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", lab().certs / "server.key").encode()
+        cases: list[tuple[dict[str, bytes | None], str]] = [
+            *(({name: content}, f"{name.partition('.')[0]}.*bash certs/gen_certs.sh")
+              for name in names for content in (None, b"", rubbish, folder)),
+            ({"server.key": client["server.key"]}, "key values mismatch"),
+            ({"server.key": encrypted}, "server.key do not fit or cannot be used"),
+            ({"ca.crt": (other_lab().certs / "ca.crt").read_bytes()}, "run bash certs/gen_certs.sh again"),
+            (dict(client), "server.crt.* run bash certs/gen_certs.sh again"),
         ]
-        if os.getuid():   # root may read everything
-            cases.append(("server.key", unreadable, r"gen_certs\.sh"))
         spoilt = [copy_of_lab("spoilt") for _ in cases]
-        for of, (name, spoil, _) in zip(spoilt, cases, strict=True):
-            spoil(of.certs / name)
+        for of, (files, _) in zip(spoilt, cases, strict=True):
+            for name, content in files.items():
+                (of.certs / name).unlink()
+                if content is folder:
+                    (of.certs / name).mkdir()
+                elif content is not None:
+                    (of.certs / name).write_bytes(content)
+        if os.getuid():   # root may read everything
+            spoilt.append(copy_of_lab("spoilt"))
+            (spoilt[-1].certs / "server.key").chmod(0)
+            cases.append(({}, "may not read .*server.key"))
         results = side_by_side(lambda of: of.run("server/server.py", "--port", "0"), spoilt)
-        for result, (name, spoil, words) in zip(results, cases, strict=True):
-            with self.subTest(file=name, spoilt=spoil.__name__):
-                named = "" if spoil is of_another_ca else name.partition(".")[0]
-                self.assertRegex(self.refusal(result), f"{named}.*{words}")
+        for result, (files, words) in zip(results, cases, strict=True):
+            with self.subTest(files=files):
+                self.assertRegex(self.refusal(result), words)
 
     def test_dates(self) -> None:
         """With a certificate that has expired or is not valid yet it starts, and says that clients will refuse it."""

@@ -48,18 +48,10 @@ def once(make: Callable[[], A]) -> Callable[[], A]:
 PATIENCE = 30.0
 """Seconds after which a test gives up waiting for something that should happen at once."""
 
-
-def allow_descriptors(wanted: int) -> int:
-    """Let this process have so many descriptors, or as many as the system allows; returns how many it has."""
-    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit
-                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-    if soft < wanted:
-        soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return soft
-
-
-DESCRIPTORS = allow_descriptors(4000)   # at import, because it changes the whole process
+# The descriptors that this process may have, set at import because it concerns all tests.
+_HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+DESCRIPTORS = 4000 if _HARD == resource.RLIM_INFINITY else min(4000, _HARD)
+resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, _HARD))
 
 # The variables that steer the lab or its tools must not leak in from the developer's shell.
 _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "PREPARED_")
@@ -67,11 +59,8 @@ _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "
 
 def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """The test's own environment without what steers the lab; ``extra`` adds (None removes)."""
-    variables: dict[str, str | None] = {
-        name: value for name, value in os.environ.items() if not name.upper().startswith(_STEERING)
-    }
-    variables.update(extra or {})
-    return {name: value for name, value in variables.items() if value is not None}
+    own = {name: value for name, value in os.environ.items() if not name.upper().startswith(_STEERING)}
+    return {name: value for name, value in {**own, **(extra or {})}.items() if value is not None}
 
 
 @once
@@ -324,18 +313,13 @@ class Server(contextlib.AbstractContextManager["Server"]):
         self.process.send_signal(with_signal)
         return self.process.wait(PATIENCE)
 
-    def _count(self, what: str) -> int:
-        """How many of something it has now; 0 where there is no /proc."""
-        folder = Path("/proc") / str(self.process.pid) / what
-        return len(list(folder.iterdir())) if folder.exists() else 0
-
     def threads(self) -> int:
-        """How many threads it has; 0 where that cannot be seen."""
-        return self._count("task")
+        """How many threads it has; 0 where there is no /proc."""
+        return len(list(Path("/proc", str(self.process.pid), "task").glob("*")))
 
     def descriptors(self) -> int:
-        """How many descriptors it has; 0 where that cannot be seen."""
-        return self._count("fd")
+        """How many descriptors it has; 0 where there is no /proc."""
+        return len(list(Path("/proc", str(self.process.pid), "fd").glob("*")))
 
     def settles(self, seconds: float = 6.0) -> bool:
         """Whether it is back to the descriptors that it started with, within the given time."""

@@ -33,6 +33,7 @@ from tests.support import (
     lab,
     request,
 )
+from tests.test_strict_http import client_hello
 
 MAX_GUESTS, MAX_STRANGERS = 256, 512   # served at once; in their handshake, or being seen off
 SLACK = 8.0
@@ -113,6 +114,12 @@ def processor_seconds(server: Server) -> float:
     """How long the server has been computing so far."""
     fields = Path(f"/proc/{server.process.pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def rejections(lines: list[str], at_least: int) -> bool:
+    """Whether so many of the log's lines say that a connection was rejected, and why."""
+    line = re.compile(r"\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| \w.*")
+    return sum(bool(line.fullmatch(one)) for one in lines) >= at_least
 
 
 def kept_alive(server: Server, held: contextlib.ExitStack, number: int, certificate: str = "client") -> list[Talk]:
@@ -326,36 +333,38 @@ class TestRefusals(ConnectionCase):
             self.assertGreater(waits, 0, "the end should follow the alert only after a while")
 
     def test_strange_openings(self) -> None:
-        """What is no TLS, or ends too early, costs one REJECTED line."""
-        openings: dict[str, Callable[[Server], None]] = {
-            "plain HTTP": lambda server: self.say(server, GET),
-            "rubbish": lambda server: self.say(server, bytes(range(256)) * 10),
-            "a line of text": lambda server: self.say(server, b"hello\r\n"),
-            "a megabyte of rubbish": lambda server: self.say(server, b"\xff" * 1_000_000),
-            "a TLS record that is too long": lambda server: self.say(server, b"\x16\x03\x01\xff\xff" + b"x" * 70_000),
-            "a ClientHello that is empty": lambda server: self.say(server, b"\x16\x03\x01\x00\x04\x01\x00\x00\x00"),
-            "a TLS alert": lambda server: self.say(server, b"\x15\x03\x01\x00\x02\x02\x28"),
-            "a connection that ends at once": lambda server: self.say(server, b""),
-            "a connection that is reset at once": lambda server: reset(server.connect_plain()),
-            "a connection that is reset after rubbish": lambda server: self.reset_after(server, b"\x16\x03\x01"),
-            "a connection that ends in the ClientHello":
-                lambda server: self.leave_in_handshake(server, socket.socket.close),
-            "a connection that is reset in the ClientHello": lambda server: self.leave_in_handshake(server, reset),
-            "a connection that ends after the ClientHello":
-                lambda server: self.leave_in_handshake(server, socket.socket.close, whole=True),
-            "a connection that is reset after the ClientHello":
-                lambda server: self.leave_in_handshake(server, reset, whole=True),
-            "a client that does not trust the server": self.distrust,
+        """What is no TLS, or ends too early, costs one REJECTED line, and hears no HTTP."""
+        hello = client_hello()
+        openings: dict[str, tuple[bytes, Callable[[socket.socket], bytes | None]]] = {
+            "plain HTTP": (GET, hear),
+            "rubbish": (bytes(range(256)) * 10, hear),
+            "a line of text": (b"hello\r\n", hear),
+            "a megabyte of rubbish": (b"\xff" * 1_000_000, hear),
+            "a TLS record that is too long": (b"\x16\x03\x01\xff\xff" + b"x" * 70_000, hear),
+            "a ClientHello that is empty": (b"\x16\x03\x01\x00\x04\x01\x00\x00\x00", hear),
+            "a TLS alert": (b"\x15\x03\x01\x00\x02\x02\x28", hear),
+            "a client that does not trust the server": (hello + b"\x15\x03\x03\x00\x02\x02\x30", hear),
+            "a connection that ends at once": (b"", hear),
+            "a connection that ends in the ClientHello": (hello[:100], socket.socket.close),
+            "a connection that ends after the ClientHello": (hello, socket.socket.close),
+            "a connection that is reset at once": (b"", reset),
+            "a connection that is reset after rubbish": (b"\x16\x03\x01", reset),
+            "a connection that is reset in the ClientHello": (hello[:100], reset),
+            "a connection that is reset after the ClientHello": (hello, reset),
         }
         with self.serving() as server:
-            for what, come in openings.items():
-                known = len(server.stderr.now())
+            for number, (what, (says, leave)) in enumerate(openings.items(), 1):
                 with self.subTest(f"{what} is answered with one REJECTED line"):
-                    come(server)
-                    self.wait_for_rejections(server, 1, known)
+                    with server.connect_plain() as plain:
+                        plain.sendall(says)
+                        if says is hello:
+                            plain.recv(1)   # wait for the answer
+                        if leave is hear:
+                            plain.shutdown(socket.SHUT_WR)
+                        self.assertNotIn(b"HTTP", leave(plain) or b"")
+                    server.stderr.wait_for(functools.partial(rejections, at_least=number))
                 self.assert_served(server, f"a proper client is served after {what}")
-            rejected = [line for line in server.stderr.now() if "REJECTED" in line]
-            self.assertEqual(len(rejected), len(openings), f"there should be no line more: {rejected}")
+            self.assertFalse(rejections(server.stderr.now(), len(openings) + 1), "there should be no line more")
 
     def test_connections_that_are_gone_before_they_are_accepted(self) -> None:
         """A peer that resets its connection while it waits in the listen queue costs nothing but a REJECTED line."""
@@ -364,11 +373,13 @@ class TestRefusals(ConnectionCase):
             try:
                 os.waitpid(server.process.pid, os.WUNTRACED)   # until it has stopped
                 for data in (b"", GET, b"\x16\x03\x01") * 10:
-                    self.reset_after(server, data)
+                    with server.connect_plain() as plain:
+                        plain.sendall(data)
+                        reset(plain)
             finally:
                 server.process.send_signal(signal.SIGCONT)
             self.assert_served(server)
-            self.wait_for_rejections(server, 30)
+            server.stderr.wait_for(functools.partial(rejections, at_least=30))
 
     def test_a_refused_peer_that_floods(self) -> None:
         """Draining what a refused peer still sends is bounded, in bytes as well as in time."""
@@ -381,38 +392,6 @@ class TestRefusals(ConnectionCase):
                     with self.assertRaises(ConnectionError):   # the reset that ends it
                         while time.monotonic() < started + PATIENCE:
                             wire.plain.sendall(b"x" * 65536)
-
-    def say(self, server: Server, data: bytes) -> None:
-        """Say it and end; whatever is heard, it is no HTTP."""
-        with server.connect_plain() as plain:
-            plain.sendall(data)
-            plain.shutdown(socket.SHUT_WR)
-            self.assertNotIn(b"HTTP", hear(plain))
-
-    def reset_after(self, server: Server, data: bytes) -> None:
-        """Say it and reset."""
-        plain = server.connect_plain()
-        plain.sendall(data)
-        reset(plain)
-
-    def leave_in_handshake(self, server: Server, leave: Callable[[socket.socket], None], whole: bool = False) -> None:
-        """Send half a ClientHello, or all of it and hear the answer, and leave."""
-        with Wire(server) as wire:
-            hello = wire.bytes_of(wire.tls.do_handshake)
-            wire.plain.sendall(hello if whole else hello[:100])
-            if whole:
-                wire.plain.recv(100)
-            leave(wire.plain)
-
-    def distrust(self, server: Server) -> None:
-        """Come as a client that knows another CA."""
-        with self.assertRaises(ssl.SSLCertVerificationError):
-            server.connect(context=ssl.create_default_context(cafile=lab().certs / "client.crt")).close()
-
-    def wait_for_rejections(self, server: Server, number: int, past: int = 0) -> None:
-        """So many REJECTED lines with a reason come after the first ``past`` lines of the log."""
-        line = re.compile(r"\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| \w.*")
-        server.stderr.wait_for(lambda lines: sum(bool(line.fullmatch(one)) for one in lines[past:]) >= number, 8.0)
 
 
 class TestCloses(ConnectionCase):

@@ -298,9 +298,10 @@ class Log:
     """
 
     def __init__(self) -> None:
-        self.entries: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.entries: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.dropping = threading.Lock()
         self.dropped = 0
+        self.closed = False
         self.writer = threading.Thread(target=self.write_all, daemon=True)
         self.writer.start()
 
@@ -314,9 +315,11 @@ class Log:
 
     def write_all(self) -> None:
         """The thread: write entries until the log is closed."""
-        for entry in iter(self.entries.get, None):
+        while not self.closed or self.entries.qsize():
+            # All that waits in one write: after each, other threads run first, and the log would fall behind.
+            entries = [self.entries.get(), *(self.entries.get() for _ in range(self.entries.qsize()))]
             with contextlib.suppress(AttributeError, OSError, ValueError):   # a closed stderr stops no one
-                sys.stderr.write(entry)
+                sys.stderr.write("".join(entries))
                 if self.dropped and self.entries.empty():
                     with self.dropping:
                         number, self.dropped = self.dropped, 0
@@ -325,7 +328,8 @@ class Log:
 
     def close(self) -> None:
         """Write what still waits, if somebody reads it within a second."""
-        self.entries.put(None)
+        self.closed = True
+        self.entries.put("")
         self.writer.join(1.0)
 
 
@@ -412,7 +416,8 @@ def main() -> None:
     while not signals:
         time.sleep(0.1)   # the main thread does nothing else, so a signal is always heard
     if server.running():
-        say(f"[SERVER] Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once.")
+        waiting = f"[SERVER] Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once."
+        threading.Thread(target=say, args=[waiting], daemon=True).start()   # we wait, even if nobody reads it
     server.shutdown()
     server.log.close()
     threading.Timer(1.0, os._exit, [0]).start()   # if nobody reads the next line

@@ -9,6 +9,7 @@ import http.client
 import json
 import os
 import pty
+import random
 import re
 import resource
 import shutil
@@ -123,6 +124,15 @@ def prepared_path() -> str:
     fake.write_text(_PREPARED_OPENSSL.format(keys=folder, openssl=real))
     fake.chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def free_port() -> str:
+    """A port for a program that must be told one. Not one that the system would give to others meanwhile."""
+    while True:
+        port = random.randrange(15_000, 30_000)   # noqa: S311   # below what "any free port" is taken from
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 # --- The lab -------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ import uuid
 from pathlib import Path
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import PATIENCE, ROOT, Lab, Server, lab, once
+from tests.support import PATIENCE, ROOT, Lab, Server, free_port, lab, once
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -114,9 +113,7 @@ class TestImage(unittest.TestCase):
 
     def start(self, *options: str | Path) -> tuple[str, str]:
         """Start a container on a free port; returns its name and the server's URL."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         name = f"mtls-lab-test-{uuid.uuid4().hex[:12]}"
         self.docker("run", "-d", "--name", name, "--network", "host", "-e", f"MTLS_SERVER_PORT={port}", *options,
                     self.tag)

@@ -13,7 +13,6 @@ import doctest
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 import time
@@ -30,6 +29,7 @@ from tests.support import (
     Lab,
     Terminal,
     environment,
+    free_port,
     new_folder,
     once,
     prepared_path,
@@ -153,10 +153,7 @@ class Scene:
 
     def __init__(self, with_certificates: bool = True) -> None:
         self.root = copy_of_project(with_certificates)
-        with socket.socket() as one, socket.socket() as other:   # two ports that are free now
-            one.bind(("127.0.0.1", 0))
-            other.bind(("127.0.0.1", 0))
-            self.ports = {"8443": str(one.getsockname()[1]), "8444": str(other.getsockname()[1])}
+        self.ports = {"8443": free_port(), "8444": free_port()}
         python = new_folder("python")   # python3 is the Python that runs the tests
         (python / "python3").symlink_to(sys.executable)
         # The second set of prepared keys: a CA made anew in a section has a new key, as in life.

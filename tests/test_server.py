@@ -25,6 +25,7 @@ from tests.support import (
     ServerCase,
     Talk,
     environment,
+    free_port,
     issue,
     lab,
     new_folder,
@@ -570,9 +571,7 @@ class TestStart(unittest.TestCase):
 
     def test_settings(self) -> None:
         """The environment's are taken, a flag wins, and what makes no sense is refused with exit code 2."""
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
+        port = free_port()
         with Server(lab(), env={"MTLS_SERVER_PORT": port, "LC_ALL": "C"}, port=None) as server:
             self.assertEqual(str(server.port), port)
         with Server(lab(), "--host", "127.0.0.1", env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):

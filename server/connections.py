@@ -97,10 +97,11 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, address: tuple[str, int], handler: Any, context: ssl.SSLContext) -> None:
         self.context = context
         context.sslsocket_class = Guest
-        # With few descriptors (ulimit -n) both shrink. On Windows, select() takes 512 sockets.
-        descriptors = max(os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 768, 36) - 32
-        self.max_guests = min(MAX_GUESTS, descriptors // 2)
-        self.max_strangers = min(MAX_STRANGERS, descriptors - self.max_guests)
+        # With few descriptors (ulimit -n; negative: unlimited) both shrink. On Windows, select() takes 512 sockets.
+        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 768
+        places = max(limit, 36) - 32 if limit >= 0 else MAX_GUESTS + MAX_STRANGERS
+        self.max_guests = min(MAX_GUESTS, places // 2)
+        self.max_strangers = min(MAX_STRANGERS, places - self.max_guests)
         self.strangers: dict[int, Stranger] = {}   # by descriptor, the oldest first
         self.guests: set[Guest] = set()
         self.changing = threading.Lock()           # guards the guests and their phases
@@ -135,12 +136,16 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Be the doorman, until `shutdown`."""
         while self.strangers or self.guests or not self.stopping:
-            self.service_actions()
-            for key, _ in self.selector.select(poll_interval):
-                if key.data is None:
-                    self.accept()
-                elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
-                    self.attend(key.data)
+            try:
+                self.service_actions()
+                for key, _ in self.selector.select(poll_interval):
+                    if key.data is None:
+                        self.accept()
+                    elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
+                        self.attend(key.data)
+            except Exception:   # a defect of ours; but without a doorman nobody would come in any more
+                self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
+                time.sleep(TICK)   # it may come back at once
         self.stopped.set()
 
     def accept(self) -> None:
@@ -154,15 +159,16 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     self.make_room(1)
                 return
             newcomer.setblocking(False)
-            self.put_at_door(Stranger(newcomer, address, newcomer.fileno()))
+            # (macOS gives no address for a peer that has left already.)
+            self.put_at_door(Stranger(newcomer, address or ("unknown", 0), newcomer.fileno()))
             if len(self.strangers) > self.max_strangers:
                 self.turn_away(next(iter(self.strangers.values())))
 
     def put_at_door(self, stranger: Stranger) -> None:
         """Look after what he sends, until his phase's deadline."""
         stranger.deadline = time.monotonic() + DEADLINES[stranger.phase]
-        self.strangers[stranger.number] = stranger
         self.selector.register(stranger.number, selectors.EVENT_READ, stranger)
+        self.strangers[stranger.number] = stranger   # last: from here on the doorman may turn him away
 
     def take_from_door(self, stranger: Stranger) -> None:
         """The opposite."""
@@ -217,9 +223,11 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if now < self.next_look:
             return
         self.next_look = now + TICK
-        if self.stopping:
+        accepting = self.socket.fileno() in self.selector.get_map()
+        if self.stopping and accepting:
+            self.selector.unregister(self.socket)
             self.server_close()
-        elif self.socket.fileno() not in self.selector.get_map():
+        elif not self.stopping and not accepting:
             self.selector.register(self.socket, selectors.EVENT_READ)
         for stranger in list(self.strangers.values()):
             if now >= stranger.deadline or (self.stopping and stranger.phase is Phase.HANDSHAKE):
@@ -245,7 +253,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         request.settimeout(SLICE)
         with self.changing:
             self.guests.add(request)
-        self.workers.submit(self.process_request_thread, request, client_address)
+        with contextlib.suppress(RuntimeError):   # no thread can be started: he waits for one that is there
+            self.workers.submit(self.process_request_thread, request, client_address)
         self.make_room(len(self.guests) - self.max_guests)
 
     def make_room(self, places: int) -> None:
@@ -255,7 +264,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         with self.changing:
             unwelcome = [one for one in self.guests if not self.is_welcome(one)]
             idle = {one for one in self.guests if one.phase is Phase.IDLE}.difference(unwelcome)
-            idle.difference_update(select.select(idle, [], [], 0)[0])
+            with contextlib.suppress(OSError, ValueError):   # what select cannot take is not spared
+                idle.difference_update(select.select(idle, [], [], 0)[0])
             for guest in [*unwelcome, *sorted(idle, key=lambda one: one.deadline)][:places]:
                 if not guest.given_up:
                     self.give_up(guest)
@@ -288,9 +298,9 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         for last_words in (request.unwrap, lambda: request.shutdown(socket.SHUT_WR)):
             with contextlib.suppress(OSError, ValueError):   # as a rule: close_notify is out, the peer's is not here
                 last_words()
+        self.put_at_door(Stranger(request, None, request.fileno(), Phase.CLOSING))
         with self.changing:
             self.guests.discard(request)
-        self.put_at_door(Stranger(request, None, request.fileno(), Phase.CLOSING))
 
     def running(self) -> bool:
         """Whether a request is being read or answered."""

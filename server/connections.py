@@ -223,11 +223,11 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if now < self.next_look:
             return
         self.next_look = now + TICK
-        accepting = self.socket.fileno() in self.selector.get_map()
-        if self.stopping and accepting:
-            self.selector.unregister(self.socket)
+        if self.stopping and self.socket.fileno() >= 0:
+            with contextlib.suppress(KeyError):   # it is not there while descriptors are short
+                self.selector.unregister(self.socket)
             self.server_close()
-        elif not self.stopping and not accepting:
+        elif not self.stopping and self.socket.fileno() not in self.selector.get_map():
             self.selector.register(self.socket, selectors.EVENT_READ)
         for stranger in list(self.strangers.values()):
             if now >= stranger.deadline or (self.stopping and stranger.phase is Phase.HANDSHAKE):

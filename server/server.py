@@ -383,11 +383,12 @@ def listen(host: str, port: int, context: ssl.SSLContext, allowed_cns: list[str]
     try:
         return TodoServer((host, port), context, allowed_cns)
     except (OSError, UnicodeError) as error:
-        problem = f"cannot listen on {host}:{port} ({in_words(error)})"
-        if getattr(error, "errno", None) == errno.EADDRINUSE:
-            fail(f"{problem}; stop the program that uses this port, or take another one in both terminals: "
-                 "export MTLS_SERVER_PORT=8444")
-        fail(f"{problem}; choose an address of this machine with --host and a port you may use with --port")
+        problem = f"cannot listen on {host}:{port}"
+        if getattr(error, "errno", None) == errno.EADDRINUSE:   # Windows has longer words for it
+            fail(f"{problem} (address already in use); stop the program that uses this port, "
+                 "or take another one in both terminals: export MTLS_SERVER_PORT=8444")
+        fail(f"{problem} ({in_words(error)}); choose an address of this machine with --host "
+             "and a port you may use with --port")
 
 
 def main() -> None:

@@ -139,6 +139,9 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         while self.strangers or self.guests or not self.stopping:
             try:
                 self.service_actions()
+                if not self.selector.get_map():   # only guests are left, and Windows cannot wait for nothing
+                    time.sleep(poll_interval)
+                    continue
                 for key, _ in self.selector.select(poll_interval):
                     if key.data is None:
                         self.accept()

@@ -69,8 +69,6 @@ DECISIVE = len(COMMANDS)
 FAILS = 'i=0; while [ $i -lt 150 ]; do i=$((i + 1)); echo "out $i"; echo "err $i" >&2; done; exit 1'
 CHATTER = [f"{stream} {number}" for number in range(1, 151) for stream in ("out", "err")]
 CTRL_C = "kill -s INT 0"   # as a terminal does: to the whole process group
-KILL_SCRIPT = "kill -s KILL $PPID"
-HOLD = 'while [ -e "$WATCH/hold" ]; do sleep 0.02; done'
 
 # Signals that the tests' own caller ignores (nohup, &) would be ignored by the script as well. And Python ignores
 # SIGXFSZ, and so does what it becomes: where a limit is set, writing fails as on a full disk.
@@ -101,18 +99,14 @@ def watched_path() -> str:
     call number WATCH_AT (0: each) it first does WATCH_ACTION, which may end it. Then it lets openssl
     work, or, if WATCH_READY is a folder, just takes the file to make from there: that is fast.
     """
-    prepared = prepared_path()
-    real = shutil.which("openssl", path=prepared)
-    assert real
-    return tool("openssl", prepared, f"""
-read -r count <"$WATCH/count"
-count=$((count + 1))
-echo "$count" >"$WATCH/count"
-last=
+    real = shutil.which("openssl", path=prepared_path())
+    return tool("openssl", prepared_path(), f"""
+last= count=0
 [ ! -e "$WATCH/stdout" ] || while read -r line; do last=$line; done <"$WATCH/stdout"
 printf '%s\\t%s\\n' "$last" "$*" >>"$WATCH/calls"
+while read -r line; do count=$((count + 1)); done <"$WATCH/calls"
 case $WATCH_AT in 0 | "$count") eval "$WATCH_ACTION" ;; esac
-[ -n "$WATCH_READY" ] || exec {shlex.quote(real)} "$@"
+[ -n "$WATCH_READY" ] || exec {shlex.quote(str(real))} "$@"
 before=
 for argument; do
   if [ "$before" = -out ]; then
@@ -151,85 +145,49 @@ def path_without(*names: str) -> str:
     return str(folder)
 
 
-def meddling(name: str, before: str = ":", after: str = ":") -> str:
-    """A PATH whose ``name`` does something (sh) before or after its work."""
-    return tool(name, watched_path(), f"""
-{before}
-{shutil.which(name)} "$@"; code=$?
-{after}
-exit $code
-""")
-
-
-def watch(at: int = 0, action: str = ":", variables: Mapping[str, str] | None = None,
-          fast: bool = False) -> tuple[Path, dict[str, str]]:
-    """A folder for the watched openssl's notes, and the variables for a run; keys are of another set than `lab`'s."""
-    folder = new_folder("watch")
-    (folder / "count").write_text("0\n")
-    (folder / "hold").touch()
-    return folder, {"PATH": watched_path(), "PREPARED_SET": "second", "MTLS_PFX_PASSWORD": "secret",
-                    "WATCH": str(folder), "WATCH_AT": str(at), "WATCH_ACTION": action,
-                    "WATCH_READY": str(ready_set()) if fast else "", **(variables or {})}
-
-
-def on_terminal(of: Lab, answers: Sequence[tuple[str, str]] = (), name: str = "", password: str = "", ostype: str = "",
-                at: int = 0, action: str = ":") -> tuple[int, str, Path]:
-    """A run on a terminal, with MTLS_PFX_PASSWORD: exit code, what was to be seen, and the folder for `calls`."""
-    folder, env = watch(at, action, {"MTLS_PFX_PASSWORD": password, **({"OSTYPE": ostype} if ostype else {})})
-    code, shown = in_terminal([sys.executable, "-ISc", START, "", "bash", str(of.certs / "gen_certs.sh"),
-                               *(("client", name) if name else ())], answers, env=env)
-    return code, shown, folder
+def meddling(name: str, before: str = ":", after: str = ":") -> dict[str, str]:
+    """The environment's PATH with a ``name`` that does something (sh) before or after its work."""
+    real = shutil.which(name)
+    return {"PATH": tool(name, watched_path(), f'{before}\n{real} "$@"; code=$?\n{after}\nexit $code\n')}
 
 
 class Run:
-    """A run of gen_certs.sh without a terminal, at umask 022, in a process group of its own.
+    """A run of gen_certs.sh to its end, at umask 022; its keys are of another set than the shared lab's.
 
-    ``at``, ``action``, ``fast``: see `watched_path`; no file can grow beyond ``limit``; ``command``: how the script
-    is called. More ``options`` are for Popen.
+    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, and the `folder` of the watched
+    openssl are known. ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is called;
+    no file can grow beyond ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout`
+    is all that this showed. More ``options`` are for Popen.
     """
 
     def __init__(self, of: Lab, *arguments: str, at: int = 0, action: str = ":", fast: bool = False,
-                 limit: int | str = "", command: tuple[str, ...] = (), env: Mapping[str, str] | None = None,
-                 **options: Any) -> None:
-        self.folder, variables = watch(at, action, env, fast)
-        with open(self.folder / "stdout", "wb") as out, open(self.folder / "stderr", "wb") as err:
-            self.process = subprocess.Popen(
-                [sys.executable, "-ISc", START, str(limit), *(command or ("bash", str(of.certs / "gen_certs.sh"))),
-                 *arguments], env=environment(variables), umask=0o022, start_new_session=True,
-                **{"cwd": scratch(), "stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **options})
-
-    def wait(self) -> Run:
-        """Until it ends: then ``code`` (negative: the signal that ended it), ``stdout`` and ``stderr`` are known."""
+                 answers: Sequence[tuple[str, str]] | None = None, limit: int | str = "",
+                 command: Sequence[str] = (), env: Mapping[str, str] | None = None, **options: Any) -> None:
+        self.folder = new_folder("watch")
+        variables = {"PATH": watched_path(), "PREPARED_SET": "second", "MTLS_PFX_PASSWORD": "secret",
+                     "WATCH": str(self.folder), "WATCH_AT": str(at), "WATCH_ACTION": action,
+                     "WATCH_READY": str(ready_set()) if fast else "", **(env or {})}
+        start = [sys.executable, "-ISc", START, str(limit),
+                 *(command or ("bash", str(of.certs / "gen_certs.sh"))), *arguments]
+        if answers is not None:
+            self.code, self.stdout = in_terminal(start, answers, env=variables)
+            return
+        out, err = self.folder / "stdout", self.folder / "stderr"
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = subprocess.Popen(start, env=environment(variables), umask=0o022, start_new_session=True, **{
+                "cwd": scratch(), "stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr, **options})
+        self.group = process.pid
         try:
-            self.code = self.process.wait(PATIENCE)
-        finally:
-            self.end()
-        self.stdout, self.stderr = ((self.folder / name).read_text(encoding="utf-8", errors="replace")
-                                    for name in ("stdout", "stderr"))
-        return self
+            self.code = process.wait(PATIENCE)
+        except BaseException:
+            os.killpg(self.group, signal.SIGKILL)
+            raise
+        self.stdout, self.stderr = (each.read_text(encoding="utf-8", errors="replace") for each in (out, err))
 
-    def end(self) -> None:
-        """If it still runs, end it with all that it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-
-def calls(folder: Path) -> list[tuple[str, str]]:
-    """The calls that the watched openssl has noted in a run's folder: what was printed last, and the arguments."""
-    if not (folder / "calls").exists():
-        return []
-    lines = (folder / "calls").read_text(encoding="utf-8").splitlines()
-    return [(last, arguments) for last, _, arguments in (line.partition("\t") for line in lines)]
-
-
-def eventually(holds: Callable[[], object], what: str) -> None:
-    """Wait until it holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited in vain until {what}")
-        time.sleep(0.01)
+    def calls(self) -> list[tuple[str, str]]:
+        """The calls of openssl: what was printed last until then, and the arguments."""
+        lines = (self.folder / "calls").read_text(encoding="utf-8").splitlines()
+        return [(last, arguments) for last, _, arguments in (line.partition("\t") for line in lines)]
 
 
 @once
@@ -243,7 +201,7 @@ def first_run() -> tuple[Lab, Run]:
     made = Lab("first")
     run = Run(made, env={"PREPARED_SET": "first", "MTLS_PFX_PASSWORD": PASSWORD},
               action='case "$1 $2" in "pkcs12 -export") : >certs/client.pfx ;;'
-                     ' "verify -x509_strict") ls -la . certs >"$WATCH/listing" ;; esac').wait()
+                     ' "verify -x509_strict") ls -la . certs >"$WATCH/listing" ;; esac')
     made.generate("client", "alice", MTLS_PFX_PASSWORD=PASSWORD)
     return made, run
 
@@ -267,28 +225,23 @@ def contents(of: Lab) -> Contents:
             for path in of.certs.rglob("*")}
 
 
-def pkcs12(pfx: Path, password: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """``openssl pkcs12`` on a PFX file."""
-    return subprocess.run(["openssl", "pkcs12", "-in", str(pfx), "-passin", "env:PASSWORD", *arguments],
-                          env=environment({"PASSWORD": password}), stdin=subprocess.DEVNULL, capture_output=True,
-                          text=True, check=False)
+def refusal(*arguments: str | Path) -> str:
+    """What openssl says when it fails; nothing if it does not."""
+    try:
+        openssl(*arguments)
+    except AssertionError as error:
+        return str(error)
+    return ""
 
 
 def opens(pfx: Path, password: str) -> bool:
     """Whether the password opens the PFX."""
-    return pkcs12(pfx, password, "-noout").returncode == 0
-
-
-def verify(*arguments: str | Path) -> str:
-    """``openssl verify``: "OK", or why not."""
-    result = subprocess.run(["openssl", "verify", *map(str, arguments)], env=environment(), stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return "OK" if result.returncode == 0 and result.stdout.rstrip().endswith(": OK") else result.stdout
+    return not refusal("pkcs12", "-in", pfx, "-noout", "-passin", f"pass:{password}")
 
 
 def verifies(of: Lab, *names: str) -> bool:
     """Whether these certificates are the CA's of now. A key that is not theirs: SSLError."""
-    return all(of.context(name) and verify("-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt") == "OK"
+    return all(of.context(name) and not refusal("verify", "-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt")
                for name in names)
 
 
@@ -311,13 +264,25 @@ class GenCertsCase(unittest.TestCase):
         self.assert_changed(of, before, *MADE)
         self.assertTrue(verifies(of, "server", "client"), "the new set does not verify")
 
-    def assert_refused(self, says: str, of: Lab, *arguments: str, code: int = 1, **options: Any) -> Run:
-        """It ends with this code, says these lines (a pattern) and nothing else, and touches nothing."""
+    def works(self, of: Lab, *arguments: str, **options: Any) -> Run:
+        """A run that succeeds and complains of nothing."""
+        run = Run(of, *arguments, **options)
+        self.assertEqual((run.code, run.stderr), (0, ""))
+        return run
+
+    def changes_nothing(self, of: Lab, *arguments: str, code: int = 1, **options: Any) -> Run:
+        """A run that ends with this code and touches nothing."""
         before = contents(of)
-        run = Run(of, *arguments, **options).wait()
-        self.assertEqual((run.code, run.stdout), (code, ""), run.stderr)
-        self.assertRegex(run.stderr, rf"\A{says}\n\Z")
+        run = Run(of, *arguments, **options)
+        self.assertEqual(run.code, code, run.stdout if "answers" in options else run.stderr)
         self.assert_changed(of, before)
+        return run
+
+    def assert_refused(self, says: str, of: Lab, *arguments: str, **options: Any) -> Run:
+        """It fails, says these lines (a pattern) and nothing else, and touches nothing."""
+        run = self.changes_nothing(of, *arguments, **options)
+        self.assertEqual(run.stdout, "")
+        self.assertRegex(run.stderr, rf"\A{says}\n\Z")
         return run
 
 
@@ -328,27 +293,23 @@ class TheWholeSet(GenCertsCase):
     """bash certs/gen_certs.sh"""
 
     def test_output(self) -> None:
-        """It makes the set, prints the steps, two OK lines, what exists now and what to do next, and no chatter."""
+        """It prints the steps, two OK lines, what exists now, until when, and what to do next, and no chatter."""
         made, run = first_run()
         self.assertEqual((run.code, run.stderr), (0, ""))
-        until = r"valid until [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4} GMT"
+        self.assertTrue(verifies(made, "server", "client"))
+        ca, server, client = ("valid until " + openssl("x509", "-noout", "-enddate", "-in", made.certs / f"{name}.crt")
+                              .strip().partition("=")[2] for name in ("ca", "server", "client"))
         self.assertRegex(run.stdout, r"\A" + "\n".join([
             r"\[1/6\] CA key .*", r"\[2/6\] CA certificate", r"\[3/6\] server key and CSR",
             r"\[4/6\] server certificate", r"\[5/6\] client key, CSR and certificate", r"\[6/6\] PFX",
             r"certs/server\.crt: OK", r"certs/client\.crt: OK", r"", r"Now in certs/:",
-            rf"  ca\.crt, ca\.key  .*; {until}", rf"  server\.crt, server\.key  .*localhost.*127\.0\.0\.1; {until}",
-            rf"  client\.crt, client\.key  .*mtls-client; {until}", r"  client\.pfx  .*",
+            rf"  ca\.crt, ca\.key  .*; {ca}", rf"  server\.crt, server\.key  .*localhost.*127\.0\.0\.1; {server}",
+            rf"  client\.crt, client\.key  .*mtls-client; {client}", r"  client\.pfx  .*",
             r"Next: python3 server/server\.py", r""]) + r"\Z")
-        self.assertEqual(sorted(contents(made)), sorted([*SOURCES, *MADE, *(f"alice.{kind}" for kind in KINDS)]))
-        self.assertTrue(verifies(made, "server", "client"))
-        for name in ("ca", "server", "client"):
-            with self.subTest(f"the end of {name}.crt's validity is shown"):
-                end = openssl("x509", "-noout", "-enddate", "-in", made.certs / f"{name}.crt")
-                self.assertRegex(run.stdout, rf"(?m)^  {name}\.crt.*; valid until {end.partition('=')[2]}")
 
     def test_commands(self) -> None:
         """It runs the description's commands in their order, and announces each step before its first command."""
-        noted = calls(first_run()[1].folder)
+        noted = first_run()[1].calls()
         self.assertGreaterEqual(len(noted), len(COMMANDS))
         for number, ((step, command), (announced, wanted)) in enumerate(zip(noted, COMMANDS, strict=False), 1):
             with self.subTest(f"call {number} should be: openssl {wanted}"):
@@ -358,16 +319,13 @@ class TheWholeSet(GenCertsCase):
     def test_modes(self) -> None:
         """Keys and PFX are 0600, certificates 0644, also with an openssl that leaves it all to the umask."""
         made, run = first_run()
-        now = contents(made)
-        for name in MADE:
-            with self.subTest(f"the mode of certs/{name}"):
-                private = name.endswith((".key", ".pfx", ".srl"))
-                self.assertEqual(now[name][0], "-rw-------" if private else "-rw-r--r--")
-        modes = {line.split()[-1]: line[:10] for line in (run.folder / "listing").read_text().splitlines()
-                 if line.startswith(("-", "d"))}
+        modes = {name: mode for name, (mode, _) in contents(made).items() if name not in SOURCES}
+        self.assertEqual(modes, {name: "-rw-------" if name.endswith((".key", ".pfx", ".srl")) else "-rw-r--r--"
+                                 for name in [*MADE, *(f"alice.{kind}" for kind in KINDS)]})
+        listed = {line.split()[-1]: line[:10] for line in (run.folder / "listing").read_text().splitlines()
+                  if line.startswith(("-", "d"))}
         for name in [*(name for name in MADE if name.endswith((".key", ".pfx"))), "."]:
-            with self.subTest(f"before anything is moved, {name} is its owner's alone"):
-                self.assertEqual(modes[name][4:], "------")
+            self.assertEqual(listed[name][4:], "------", f"before anything is moved, {name} is its owner's alone")
 
     def test_second_run_replaces_the_set(self) -> None:
         """It says that the CA is new, names the clients that it has not issued, and how to reissue them."""
@@ -376,22 +334,16 @@ class TheWholeSet(GenCertsCase):
         openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
                 "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")
         before = contents(ready)
-        run = Run(ready).wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
+        run = self.works(ready)
         self.assert_replaced(ready, before)
         self.assertFalse(verifies(ready, "mallory"))
-        lines = run.stdout.splitlines()
-        news = lines[lines.index("Now in certs/:") + 5:]
-        self.assertRegex("\n".join(news), r"\AThe CA is new: .*\n"
-                                          r"certs/mallory\.crt is of a former CA; reissue it: .*\nNext: .*\Z")
-        with self.subTest("the command that it names reissues the certificate"):
-            command = news[1].partition("reissue it: ")[2]
-            self.assertEqual(command, "bash certs/gen_certs.sh client mallory")
-            again = Run(ready, command=tuple(command.split()), cwd=ready.root).wait()
-            self.assertEqual((again.code, again.stderr), (0, ""))
-            self.assertTrue(verifies(ready, "mallory", "client", "server"))
-        with self.subTest("a certificate that is not of this lab is not reissued"):
-            self.assert_refused("gen_certs.sh: 'stranger' exists; .*", ready, "client", "stranger")
+        self.assertRegex(run.stdout.partition("  client.pfx ")[2],
+                         r"\A.*\nThe CA is new: .*\ncerts/mallory\.crt is of a former CA; reissue it: .*\nNext: .*\n\Z")
+        command, = re.findall("reissue it: (.*)", run.stdout)
+        self.assertEqual(command, "bash certs/gen_certs.sh client mallory")
+        self.works(ready, command=command.split(), cwd=ready.root)
+        self.assertTrue(verifies(ready, "mallory", "client", "server"))
+        self.assert_refused("gen_certs.sh: 'stranger' exists; .*", ready, "client", "stranger")
 
 
 class OneMoreClient(GenCertsCase):
@@ -401,23 +353,17 @@ class OneMoreClient(GenCertsCase):
         """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
         ready = with_set()
         before = contents(ready)
-        run = Run(ready, "client", "zoe").wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
+        run = self.works(ready, "client", "zoe")
         self.assertRegex(run.stdout, r"\A\[1/2\] zoe: key, CSR and certificate\n\[2/2\] zoe: PFX\n"
                                      r"certs/zoe\.crt: OK\n\n"
                                      r"Made certs/zoe\.crt, \.key, \.csr and \.pfx, CN zoe, valid until .* GMT\.\n"
                                      r"Next: python3 server/server\.py --allow-cn mtls-client zoe\n"
                                      r"then: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
-        now = contents(ready)
-        self.assertEqual({name: mode for name, (mode, _) in now.items() if name not in before},
-                         {"zoe.key": "-rw-------", "zoe.pfx": "-rw-------", "zoe.crt": "-rw-r--r--",
-                          "zoe.csr": "-rw-r--r--"})
         self.assert_changed(ready, before, "ca.srl", *ZOE)
         self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
-        for _, arguments in calls(run.folder):
-            self.assertNotIn("-subj", arguments, "LibreSSL would ignore it and issue a second mtls-client")
-        self.assertEqual([step for step, arguments in calls(run.folder) if arguments.startswith(("genrsa", "pkcs12"))],
+        self.assertEqual([step for step, arguments in run.calls() if arguments.startswith(("genrsa", "pkcs12"))],
                          ["[1/2] zoe: key, CSR and certificate", "[2/2] zoe: PFX"])
+        self.assertNotIn("-subj", str(run.calls()), "LibreSSL would ignore it and issue a second mtls-client")
 
     def test_good_names(self) -> None:
         """Letters, digits, '.', '_' and '-' make a NAME, up to 64 of them; serial numbers are counted."""
@@ -425,8 +371,7 @@ class OneMoreClient(GenCertsCase):
         expected = int((ready.certs / "ca.srl").read_text(), 16)
         for name in ("a", "_", "9.b_C-", "ca.old", "x" * 64):
             with self.subTest(f"a client called {name}"):
-                run = Run(ready, "client", name).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
+                self.works(ready, "client", name)
                 shown = openssl("x509", "-noout", "-subject", "-in", ready.certs / f"{name}.crt")
                 self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
                 expected += 1
@@ -434,28 +379,26 @@ class OneMoreClient(GenCertsCase):
                 self.assertTrue(verifies(ready, name))
         with self.subTest("without ca.srl the count starts anew, from a random number"):
             (ready.certs / "ca.srl").unlink()
-            self.assertEqual(Run(ready, "client", "zoe").wait().code, 0)
+            self.works(ready, "client", "zoe")
             self.assertGreaterEqual(serial(ready.certs / "zoe.crt").bit_length(), 64)
             self.assertNotEqual(serial(ready.certs / "zoe.crt"), expected + 1)
 
     def test_existing_files(self) -> None:
         """A NAME of which any file exists is refused, with the way out, which works in every shell."""
         ready = with_set()
-        for kind in KINDS:
-            with self.subTest(f"zoe.{kind} exists"):
-                (ready.certs / f"zoe.{kind}").write_text("precious")
-                self.assert_refused(f"gen_certs.sh: 'zoe' exists; .*: rm certs/zoe.{kind}", ready, "client", "zoe")
-                (ready.certs / f"zoe.{kind}").unlink()
-        for shell in ("sh", "bash", "zsh"):
-            if not shutil.which(shell):
-                continue
+        for name in ZOE:
+            with self.subTest(f"{name} exists"):
+                (ready.certs / name).write_text("precious")
+                self.assert_refused(f"gen_certs.sh: 'zoe' exists; .*: rm certs/{name}", ready, "client", "zoe")
+                (ready.certs / name).unlink()
+        (ready.certs / "mallory.two.key").write_text("another client's")
+        for shell in filter(shutil.which, ("sh", "bash", "zsh")):
             with self.subTest(f"a client of the present CA is not reissued, until {shell} removes it as proposed"):
-                (ready.certs / "mallory.two.key").write_text("another client's")
                 before = contents(ready)
                 run = self.assert_refused("gen_certs.sh: 'mallory' exists; .*: rm .*", ready, "client", "mallory")
                 subprocess.run([shell, "-c", run.stderr.strip().rpartition(": ")[2]], cwd=ready.root, check=True)
                 self.assertEqual({*before} - {*contents(ready)}, {f"mallory.{kind}" for kind in KINDS})
-                self.assertEqual(Run(ready, "client", "mallory").wait().code, 0)
+                self.works(ready, "client", "mallory")
 
 
 class Refusals(GenCertsCase):
@@ -466,11 +409,10 @@ class Refusals(GenCertsCase):
         fresh = Lab("help")
         for argument in ("--help", "-h"):
             with self.subTest(f"gen_certs.sh {argument}"):
-                run = Run(fresh, argument, env={"PATH": path_without("openssl")}).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
+                shown = self.works(fresh, argument, env={"PATH": path_without("openssl")}).stdout
                 for wanted in ("usage: bash certs/gen_certs.sh ", "bash certs/gen_certs.sh client NAME", "--help",
                                "MTLS_PFX_PASSWORD"):
-                    self.assertIn(wanted, run.stdout)
+                    self.assertIn(wanted, shown)
 
     def test_arguments(self) -> None:
         """Anything else than the documented forms: exit 2 with the usage."""
@@ -486,92 +428,94 @@ class Refusals(GenCertsCase):
     def test_names(self) -> None:
         """A NAME that could be something else than a file's name and a common name."""
         ready = with_set()
-        taken = "is of the whole set; choose another NAME"
-        unusable = r"is not a valid NAME: letters, digits, '\.', '_' and '-', the first no .*"
-        for names, reason in ((("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño", "ñ", "*",
-                                "$(id)", "a,CN=b", "a/CN=b", "a=b", "a:b"), unusable),
-                              (("ca", "server", "client", "CA", "Server", "CLIENT"), taken)):
+        unusable = r"'{}' is not a valid NAME: letters, digits, '\.', '_' and '-', the first no .*"
+        taken = "'{}' is of the whole set; choose another NAME"
+        for reason, names in (
+            (unusable, ("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño", "ñ", "*", "$(id)",
+                        "a,CN=b", "a/CN=b", "a=b", "a:b")),
+            (taken, ("ca", "server", "client", "CA", "Server", "CLIENT")), (".* at most 64 .*", ("x" * 65,)),
+        ):
             for name in names:
-                for locale in ("C", "C.UTF-8") if not name.isascii() else ("C",):
+                for locale in ("C",) if name.isascii() else ("C", "C.UTF-8"):
                     with self.subTest(f"a client called {name!r} (LC_ALL={locale})"):
-                        self.assert_refused(f"gen_certs.sh: '{re.escape(name)}' {reason}", ready, "client", name,
+                        self.assert_refused(f"gen_certs.sh: {reason.format(re.escape(name))}", ready, "client", name,
                                             code=2, env={"LC_ALL": locale})
-        self.assert_refused("gen_certs.sh: .* at most 64 .*", ready, "client", "x" * 65, code=2)
 
-    def test_what_is_missing(self) -> None:
-        """A command, a configuration, or the CA; a folder in the way of a file."""
-        both, zoe, mallory = ((), ("client", "zoe")), (("client", "zoe"),), (("client", "mallory"),)
-        no_ca = "there is no CA yet; make it first: bash certs/gen_certs.sh"
-        gone = "certs/{} is missing; bring it back, or begin anew with another CA: bash certs/gen_certs.sh"
-        folder = r"certs/{0} is a folder \(Docker .*\); remove it: rmdir certs/{0}"
-        cases: list[tuple[tuple[tuple[str, ...], ...], str, dict[str, Any], list[str], list[str]]] = [
-            (both, r"the openssl command is missing; install OpenSSL 1\.1\.1\+ or LibreSSL 3\.3\+",
-             {"env": {"PATH": path_without("openssl")}}, [], []),
-            (both, "the openssl command does not run; .*", {"at": 1, "action": FAILS.replace(">&2", "")}, [], []),
-            (both, "neither flock nor perl .*", {"env": {"PATH": path_without("flock", "perl")}}, [], []),
-            *((both, rf"{re.escape(version)} is too old; .*", {"at": 1, "action": f'echo "{version}"; exit'}, [], [])
+    def test_tools(self) -> None:
+        """An openssl that is missing, broken or too old, or nothing to take a lock with."""
+        ready = with_set()
+        for says, options in (
+            (r"the openssl command is missing; install OpenSSL 1\.1\.1\+ or LibreSSL 3\.3\+",
+             {"env": {"PATH": path_without("openssl")}}),
+            ("the openssl command does not run; .*", {"action": "exit 1"}),
+            ("neither flock nor perl .*", {"env": {"PATH": path_without("flock", "perl")}}),
+            *((rf"{re.escape(version)} is too old; .*", {"action": f'echo "{version}"; exit'})
               for version in ("OpenSSL 0.9.8zh 14 Jan 2016", "OpenSSL 1.0.2k-fips  26 Jan 2017",
                               "OpenSSL 1.1.0l  10 Sep 2019", "LibreSSL 2.8.3", "LibreSSL 3.2.0")),
-            # Those that are accepted go on to the next check, for a file that exists.
-            *((mallory, "'mallory' exists; .*", {"at": 1, "action": f'echo "{version}"; exit'}, [], [])
-              for version in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.0.19 27 Jan 2026", "OpenSSL 3.5.0 8 Apr 2025",
-                              "LibreSSL 3.3.6", "LibreSSL 4.0.0")),
-            *((both, f"certs/{name} is missing; restore it, .* with: git checkout certs/{name}", {}, [name], [])
-              for name in ("ca.cnf", "server.cnf", "client.cnf")),
-            (zoe, no_ca, {}, ["ca.crt", "ca.key"], []),
-            *((zoe, gone.format(name), {}, [name], []) for name in ("ca.crt", "ca.key")),
-            *((both, folder.format(name), {}, [name], [name]) for name in ("ca.srl", "ca.key")),
-            (((),), folder.format("client.key"), {}, ["client.key"], ["client.key"]),
-            (zoe, folder.format("zoe.pfx"), {}, [], ["zoe.pfx"]),
-        ]
-        for uses, says, options, removed, folders in cases:
-            ready = with_set()
-            for name in removed:
-                (ready.certs / name).unlink()
-            for name in folders:
-                (ready.certs / name).mkdir()
-            for arguments in uses:
+        ):
+            for arguments in ((), ("client", "zoe")):
                 with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {says}"):
                     self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments, **options)
-        with self.subTest("without a CN in client.cnf there is no place for NAME: no second mtls-client is issued"):
+        for version in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.0.19 27 Jan 2026", "OpenSSL 3.5.0 8 Apr 2025",
+                        "LibreSSL 3.3.6", "LibreSSL 4.0.0"):
+            with self.subTest(f"{version} is accepted: it goes on to the next check"):
+                self.assert_refused("gen_certs.sh: 'mallory' exists; .*", ready, "client", "mallory", at=1,
+                                    action=f'echo "{version}"; exit')
+
+    def test_files(self) -> None:
+        """A configuration or the CA is missing, or a folder is in the way of a file."""
+        whole, zoe = (), ("client", "zoe")
+        gone = "certs/{} is missing; bring it back, or begin anew with another CA: bash certs/gen_certs.sh"
+        folder = r"certs/{0} is a folder \(Docker .*\); remove it: rmdir certs/{0}"
+        for uses, change, says in (
+            *(((whole, zoe), f"rm {name}", f"certs/{name} is missing; restore it, .* with: git checkout certs/{name}")
+              for name in ("ca.cnf", "server.cnf", "client.cnf")),
+            ((zoe,), "rm ca.crt ca.key", "there is no CA yet; make it first: bash certs/gen_certs.sh"),
+            *(((zoe,), f"rm {name}", gone.format(name)) for name in ("ca.crt", "ca.key")),
+            *(((whole, zoe), f"rm {name}; mkdir {name}", folder.format(name)) for name in ("ca.srl", "ca.key")),
+            ((whole,), "rm client.key; mkdir client.key", folder.format("client.key")),
+            ((zoe,), "mkdir zoe.pfx", folder.format("zoe.pfx")),
+            # There is no place for NAME: no second mtls-client is issued.
+            ((zoe,), "sed 's/CN =/commonName =/' client.cnf >new; mv new client.cnf",
+             r"certs/client\.cnf has no line 'CN = .*"),
+        ):
             ready = with_set()
-            settings = ready.certs / "client.cnf"
-            settings.write_text(settings.read_text().replace("CN =", "commonName ="))
-            self.assert_refused(r"gen_certs.sh: certs/client\.cnf has no line 'CN = .*", ready, "client", "zoe")
+            subprocess.run(["sh", "-c", change], cwd=ready.certs, check=True)
+            for arguments in uses:
+                with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {change}"):
+                    self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments)
 
     def test_what_belongs_to_others(self) -> None:
         """What cannot be read, or replaced: it says whose it is."""
         # Root may do everything, so root lets nobody do it, in a folder that nobody can reach.
-        place = Path(tempfile.mkdtemp(prefix="mtls lab tests "))
+        place = Path(tempfile.mkdtemp(prefix="mtls lab tests ")).resolve()
         self.addCleanup(shutil.rmtree, place)
         place.chmod(0o755)
-        ready = with_set()
-        shutil.copytree(ready.certs, place / "certs")
-        certs = ready.certs = place / "certs"
+        certs = shutil.copytree(with_set().certs, place / "certs")
         nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-        owner = certs.owner()
 
-        def listing(folder: Path) -> dict[str, tuple[int, int]]:
-            return {file.name: (file.stat().st_mode, file.stat().st_mtime_ns) for file in folder.iterdir()}
+        def listing() -> dict[str, tuple[int, int]]:
+            return {file.name: (file.stat().st_mode, file.stat().st_mtime_ns) for file in certs.iterdir()}
 
-        everything = {".": 0o777, **{file.name: 0o666 for file in certs.iterdir()}}
-        for arguments, modes, says in (
-            ((), {".": 0o555}, f"write in {certs.resolve()}: it is {owner}'s, dr-x"),
-            ((), {"gen_certs.sh": 0o444}, f"write {certs.resolve()}/gen_certs.sh: it is {owner}'s, -r--"),
-            ((), {"ca.cnf": 0}, f"read {certs.resolve()}/ca.cnf: it is {owner}'s, ----"),
-            (("client", "zoe"), {"ca.key": 0}, f"read {certs.resolve()}/ca.key: it is {owner}'s, ----"),
-            (("client", "zoe"), {"ca.srl": 0}, f"read {certs.resolve()}/ca.srl: it is {owner}'s, ----"),
+        for arguments, name, mode, says in (
+            ((), "", 0o555, "write in {}: it is {}'s, dr-x"),
+            ((), "gen_certs.sh", 0o444, "write {}/gen_certs.sh: it is {}'s, -r--"),
+            ((), "ca.cnf", 0, "read {}/ca.cnf: it is {}'s, ----"),
+            (("client", "zoe"), "ca.key", 0, "read {}/ca.key: it is {}'s, ----"),
+            (("client", "zoe"), "ca.srl", 0, "read {}/ca.srl: it is {}'s, ----"),
         ):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with {modes}"):
-                for name, mode in {**everything, **modes}.items():
-                    (certs / name).chmod(mode)
-                before = listing(certs)
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with mode {mode:03o} of certs/{name}"):
+                certs.chmod(0o777)
+                for file in certs.iterdir():
+                    file.chmod(0o666)
+                (certs / name).chmod(mode)
+                before = listing()
                 result = subprocess.run(["bash", str(certs / "gen_certs.sh"), *arguments], cwd="/", env=environment(),
                                         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **nobody)
                 self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {re.escape(says)}.*; use chown or chmod\n\Z")
-                self.assertEqual(listing(certs), before)
-        certs.chmod(0o755)
+                says = re.escape(says.format(certs, certs.owner()))
+                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {says}.*; use chown or chmod\n\Z")
+                self.assertEqual(listing(), before)
 
 
 class Surroundings(GenCertsCase):
@@ -580,23 +524,21 @@ class Surroundings(GenCertsCase):
     def test_any_folder(self) -> None:
         """All files land beside the script, wherever it is called from and whatever its path looks like."""
         odd = with_set()
-        new = odd.root.parent / "it's \"odd\" $HOME [a-z] * ñ"
-        odd.root.rename(new)
-        odd.root, odd.certs = new, new / "certs"
+        odd.root = odd.root.rename(odd.root.parent / "it's \"odd\" $HOME [a-z] * ñ")
+        odd.certs = odd.root / "certs"
         link = new_folder("links") / "link to the lab"
-        link.symlink_to(new)
-        for number, (how, command, cwd, env) in enumerate((
-            ("from its own folder", "gen_certs.sh", odd.certs, {}),
-            ("from below", "../certs/gen_certs.sh", odd.root / "server", {}),
-            ("through a link", f"{link.name}/certs/gen_certs.sh", link.parent, {}),
-            ("by its whole path, without a usable TMPDIR", str(odd.certs / "gen_certs.sh"), scratch(),
+        link.symlink_to(odd.root)
+        for name, script, cwd, env in (
+            ("from-its-own-folder", "gen_certs.sh", odd.certs, {}),
+            ("from-beside", "../certs/gen_certs.sh", odd.root / "server", {}),
+            ("through-a-link", f"{link.name}/certs/gen_certs.sh", link.parent, {}),
+            ("by-its-whole-path-without-TMPDIR", str(odd.certs / "gen_certs.sh"), scratch(),
              {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
-        )):
-            with self.subTest(f"called {how}"):
+        ):
+            with self.subTest(f"called {name}"):
                 before = contents(odd)
-                run = Run(odd, "client", f"c{number}", command=("bash", command), cwd=cwd, env=env, fast=True).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                self.assertEqual({*contents(odd)} - {*before}, {f"c{number}.{kind}" for kind in KINDS})
+                self.works(odd, "client", name, command=("bash", script), cwd=cwd, env=env, fast=True)
+                self.assertEqual({*contents(odd)} - {*before}, {f"{name}.{kind}" for kind in KINDS})
 
     def test_inherited(self) -> None:
         """Nothing that bash takes from the environment spoils a run, or lets it print its secret."""
@@ -604,37 +546,34 @@ class Surroundings(GenCertsCase):
         (decoy / "certs").mkdir()
         settings = decoy / "settings"
         settings.write_text("set -f -C; rm() { :; }; alias mv=false; shopt -s expand_aliases nullglob\n")
-        ready = with_set()
         functions = ("cd", "mv", "rm", "cp", "openssl", "printf", "[")
         for env in ({"SHELLOPTS": "noglob"}, {"SHELLOPTS": "noclobber:keyword"}, {"SHELLOPTS": "xtrace:verbose"},
                     {"BASHOPTS": "failglob:nullglob:dotglob:nocasematch:nocaseglob"}, {"POSIXLY_CORRECT": "1"},
                     {"GLOBIGNORE": "*.crt:*.key"}, {"CDPATH": str(decoy)}, {"BASH_ENV": str(settings)}, {"IFS": "c/."},
                     {f"BASH_FUNC_{name}%%": "() { :; }" for name in functions}):
             with self.subTest(f"with {env}"):
+                ready = with_set()
                 before = contents(ready)
                 run = Run(ready, command=("bash", "certs/gen_certs.sh"), cwd=ready.root, fast=True, env={
-                    "MTLS_PFX_PASSWORD": "", **env}, action='[ "$1" != rand ] || { echo s3cret >"$4"; exit; }').wait()
+                    "MTLS_PFX_PASSWORD": "", **env}, action='[ "$1" != rand ] || { echo s3cret >"$4"; exit; }')
                 self.assertEqual(run.code, 0, run.stderr)
                 self.assert_replaced(ready, before)
                 self.assertIn("(shown only now): s3cret\n", run.stdout)
                 self.assertNotIn("s3cret", run.stderr)
                 self.assertEqual(list((decoy / "certs").iterdir()), [])
-                for name in MADE:   # the former set, for the next
-                    shutil.copy2(lab().certs / name, ready.certs / name)
 
     def test_other_shells(self) -> None:
         """Where sh is a bash it works; any other shell is told what is needed."""
         ready = with_set()
+        script = str(ready.certs / "gen_certs.sh")
         sh = new_folder("sh") / "sh"
         sh.symlink_to(shutil.which("bash") or "")
-        run = Run(ready, "client", "zoe", command=(str(sh), str(ready.certs / "gen_certs.sh")), fast=True).wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
+        self.works(ready, "client", "zoe", command=(str(sh), script), fast=True)
         for shell in (("dash",), ("zsh",), ("busybox", "sh"), ("ksh",)):
             if shutil.which(shell[0]):
                 with self.subTest(f"called by {shell[0]}"):
                     self.assert_refused("gen_certs.sh: needs bash; run it with: bash certs/gen_certs.sh", ready,
-                                        command=(*shell, str(ready.certs / "gen_certs.sh")))
-
+                                        command=(*shell, script))
 
     @unittest.skipUnless(shutil.which("shellcheck"), "shellcheck is not on this machine")
     def test_shellcheck(self) -> None:

@@ -105,16 +105,14 @@ printf '%s\\t%s\\n' "$last" "$*" >>"$WATCH/calls"
 while read -r line; do count=$((count + 1)); done <"$WATCH/calls"
 case $WATCH_AT in 0 | "$count") eval "$WATCH_ACTION" ;; esac
 [ -n "$WATCH_READY" ] || exec {shlex.quote(str(real))} "$@"
-before=
-for argument; do
-  if [ "$before" = -out ]; then
-    ready="$WATCH_READY/${{argument##*/}}"
-    [ -e "$ready" ] || ready="$WATCH_READY/client.${{argument##*.}}"
-    cat "$ready" >"$argument" || exit 1
-  fi
-  before=$argument
-done
-case $* in *-CAcreateserial*) cat "$WATCH_READY/ca.srl" >certs/ca.srl ;; esac
+all=$*
+case $all in *"-out "*)
+  file=${{all#*-out }}; file=${{file%% *}}
+  ready=$WATCH_READY/${{file##*/}}
+  [ -e "$ready" ] || ready=$WATCH_READY/client.${{file##*.}}
+  cat "$ready" >"$file" || exit 1
+esac
+case $all in *-CAcreateserial*) cat "$WATCH_READY/ca.srl" >certs/ca.srl ;; esac
 """)
 
 
@@ -204,33 +202,27 @@ def with_set() -> Lab:
     return made
 
 
-Contents = dict[str, tuple[str, bytes]]
-
-
-def contents(of: Lab) -> Contents:
+def contents(of: Lab) -> dict[str, tuple[str, bytes]]:
     """Mode and bytes of all there is in the lab's certs folder, hidden or not."""
     return {path.relative_to(of.certs).as_posix(): (stat.filemode(path.lstat().st_mode),
                                                    path.read_bytes() if path.is_file() else b"")
             for path in of.certs.rglob("*")}
 
 
-def refusal(*arguments: str | Path) -> str:
-    """What openssl says when it fails; nothing if it does not."""
-    try:
-        openssl(*arguments)
-    except AssertionError as error:
-        return str(error)
-    return ""
+def agrees(*arguments: str | Path) -> bool:
+    """Whether openssl does this without an error."""
+    return not subprocess.run(["openssl", *map(str, arguments)], env=environment(), stdin=subprocess.DEVNULL,
+                              capture_output=True, check=False).returncode
 
 
 def opens(pfx: Path, password: str) -> bool:
     """Whether the password opens the PFX."""
-    return not refusal("pkcs12", "-in", pfx, "-noout", "-passin", f"pass:{password}")
+    return agrees("pkcs12", "-in", pfx, "-noout", "-passin", f"pass:{password}")
 
 
 def verifies(of: Lab, *names: str) -> bool:
     """Whether these certificates are the CA's of now. A key that is not theirs: SSLError."""
-    return all(of.context(name) and not refusal("verify", "-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt")
+    return all(of.context(name) and agrees("verify", "-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt")
                for name in names)
 
 
@@ -242,13 +234,13 @@ def serial(certificate: Path) -> int:
 class GenCertsCase(unittest.TestCase):
     """What the tests below share."""
 
-    def assert_changed(self, of: Lab, before: Contents, *names: str) -> None:
+    def assert_changed(self, of: Lab, before: Mapping[str, object], *names: str) -> None:
         """In certs/, modes included, these files are changed or new, and no others."""
         now = contents(of)
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         self.assertEqual(changed, sorted(names), "files in certs/ that were added, removed or changed")
 
-    def assert_replaced(self, of: Lab, before: Contents) -> None:
+    def assert_replaced(self, of: Lab, before: Mapping[str, object]) -> None:
         """The whole set is new and verifies; all else in certs/ is as it was."""
         self.assert_changed(of, before, *MADE)
         self.assertTrue(verifies(of, "server", "client"), "the new set does not verify")
@@ -278,14 +270,13 @@ class GenCertsCase(unittest.TestCase):
 # --- What it does --------------------------------------------------------------------------
 
 
-class TheWholeSet(GenCertsCase):
-    """bash certs/gen_certs.sh"""
+class WhatItMakes(GenCertsCase):
+    """bash certs/gen_certs.sh [client NAME]"""
 
     def test_output(self) -> None:
         """It prints the steps, two OK lines, what exists now, until when, and what to do next, and no chatter."""
         made, run, _ = first_run()
         self.assertEqual((run.code, run.stderr), (0, ""))
-        self.assertTrue(verifies(made, "server", "client"))
         ca, server, client = ("valid until " + openssl("x509", "-noout", "-enddate", "-in", made.certs / f"{name}.crt")
                               .strip().partition("=")[2] for name in ("ca", "server", "client"))
         self.assertRegex(run.stdout, r"\A" + "\n".join([
@@ -326,10 +317,6 @@ class TheWholeSet(GenCertsCase):
         self.works(ready, "client", "mallory")
         self.assertTrue(verifies(ready, "mallory", "client", "server"))
         self.assert_refused("gen_certs.sh: 'stranger' exists; .*", ready, "client", "stranger")
-
-
-class OneMoreClient(GenCertsCase):
-    """bash certs/gen_certs.sh client NAME"""
 
     def test_new_client(self) -> None:
         """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
@@ -385,38 +372,30 @@ class Refusals(GenCertsCase):
         """--help explains all uses, even without openssl."""
         fresh = Lab("help")
         for argument in ("--help", "-h"):
-            with self.subTest(f"gen_certs.sh {argument}"):
-                shown = self.works(fresh, argument, env={"PATH": path_without("openssl")}).stdout
-                for wanted in ("usage: bash certs/gen_certs.sh ", "bash certs/gen_certs.sh client NAME", "--help",
-                               "MTLS_PFX_PASSWORD"):
-                    self.assertIn(wanted, shown)
+            self.assertRegex(self.works(fresh, argument, env={"PATH": path_without("openssl")}).stdout,
+                             r"(?s)\Ausage: bash certs/gen_certs\.sh .* client NAME .* --help .* MTLS_PFX_PASSWORD ")
 
     def test_arguments(self) -> None:
-        """Anything else than the documented forms: exit 2 with the usage."""
+        """Anything else than the documented forms, or a NAME that is more than a file's and a common name: exit 2."""
         ready = with_set()
-        for arguments in (("banana",), ("--version",), ("",), ("client",), ("client", "a", "b"), ("client", "", "b"),
-                          ("zoe", "client"), ("--help", "client"), ("client:foo", ""), ("client:", ""),
-                          ("client:foo", "bar"), ("client", "zoe", ""), ("-h:",), ("--help", ""), ("", ""),
-                          ("", "zoe"), ("Client", "zoe"), (":",), ("2:client",)):
-            with self.subTest(f"gen_certs.sh {shlex.join(arguments)}"):
-                says = f"gen_certs.sh: cannot use these arguments: {re.escape(' '.join(arguments))}"
-                self.assert_refused("usage: bash certs/gen_certs.sh (?s:.*)\n" + says, ready, *arguments, code=2)
-
-    def test_names(self) -> None:
-        """A NAME that could be something else than a file's name and a common name."""
-        ready = with_set()
-        unusable = r"'{}' is not a valid NAME: letters, digits, '\.', '_' and '-', the first no .*"
-        taken = "'{}' is of the whole set; choose another NAME"
-        for reason, names in (
-            (unusable, ("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño", "ñ", "*", "$(id)",
-                        "a,CN=b", "a/CN=b", "a=b", "a:b")),
-            (taken, ("ca", "server", "client", "CA", "Server", "CLIENT")), (".* at most 64 .*", ("x" * 65,)),
+        for says, uses in (
+            (r"usage: bash certs/gen_certs\.sh (?s:.*)\ngen_certs\.sh: cannot use these arguments: {all}",
+             (("banana",), ("--version",), ("",), ("client",), ("client", "a", "b"), ("client", "", "b"),
+              ("zoe", "client"), ("--help", "client"), ("client:foo", ""), ("client:", ""), ("client:foo", "bar"),
+              ("client", "zoe", ""), ("-h:",), ("--help", ""), ("", ""), ("", "zoe"), ("Client", "zoe"), (":",),
+              ("2:client",))),
+            (r"gen_certs\.sh: '{name}' is not a valid NAME: letters, digits, '\.', '_' and '-', the first no .*",
+             [("client", name) for name in ("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño",
+                                            "ñ", "*", "$(id)", "a,CN=b", "a/CN=b", "a=b", "a:b")]),
+            (r"gen_certs\.sh: '{name}' is of the whole set; choose another NAME",
+             [("client", name) for name in ("ca", "server", "client", "CA", "Server", "CLIENT")]),
+            (r"gen_certs\.sh: .* at most 64 .*", [("client", "x" * 65)]),
         ):
-            for name in names:
-                for locale in ("C",) if name.isascii() else ("C", "C.UTF-8"):
-                    with self.subTest(f"a client called {name!r} (LC_ALL={locale})"):
-                        self.assert_refused(f"gen_certs.sh: {reason.format(re.escape(name))}", ready, "client", name,
-                                            code=2, env={"LC_ALL": locale})
+            for arguments in uses:
+                for locale in ("C",) if arguments[-1].isascii() else ("C", "C.UTF-8"):
+                    with self.subTest(f"gen_certs.sh {shlex.join(arguments)} (LC_ALL={locale})"):
+                        pattern = says.format(all=re.escape(" ".join(arguments)), name=re.escape(arguments[-1]))
+                        self.assert_refused(pattern, ready, *arguments, code=2, env={"LC_ALL": locale})
 
     def test_tools(self) -> None:
         """An openssl that is missing, broken or too old, or nothing to take a lock with."""
@@ -467,32 +446,29 @@ class Refusals(GenCertsCase):
         # Root may do everything, so root lets nobody do it, in a folder that nobody can reach.
         place = Path(tempfile.mkdtemp(prefix="mtls lab tests ")).resolve()
         self.addCleanup(shutil.rmtree, place)
-        place.chmod(0o755)
-        certs = shutil.copytree(with_set().certs, place / "certs")
+        ready = with_set()
+        certs = ready.certs = shutil.copytree(ready.certs, place / "certs")
+        modes = {place: 0o755, certs: 0o777, **dict.fromkeys(certs.iterdir(), 0o666)}
+        for path, mode in modes.items():
+            path.chmod(mode)
+        before = contents(ready)
         nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-
-        def listing() -> dict[str, tuple[int, int]]:
-            return {file.name: (file.stat().st_mode, file.stat().st_mtime_ns) for file in certs.iterdir()}
-
-        for arguments, name, mode, says in (
-            ((), "", 0o555, "write in {}: it is {}'s, dr-x"),
-            ((), "gen_certs.sh", 0o444, "write {}/gen_certs.sh: it is {}'s, -r--"),
-            ((), "ca.cnf", 0, "read {}/ca.cnf: it is {}'s, ----"),
-            (("client", "zoe"), "ca.key", 0, "read {}/ca.key: it is {}'s, ----"),
-            (("client", "zoe"), "ca.srl", 0, "read {}/ca.srl: it is {}'s, ----"),
+        for arguments, path, mode, says in (
+            ((), certs, 0o555, "write in {}: it is {}'s, dr-x"),
+            ((), certs / "gen_certs.sh", 0o444, "write {}: it is {}'s, -r--"),
+            ((), certs / "ca.cnf", 0, "read {}: it is {}'s, ----"),
+            (("client", "zoe"), certs / "ca.key", 0, "read {}: it is {}'s, ----"),
+            (("client", "zoe"), certs / "ca.srl", 0, "read {}: it is {}'s, ----"),
         ):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with mode {mode:03o} of certs/{name}"):
-                certs.chmod(0o777)
-                for file in certs.iterdir():
-                    file.chmod(0o666)
-                (certs / name).chmod(mode)
-                before = listing()
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with mode {mode:03o} of {path.name}"):
+                path.chmod(mode)
                 result = subprocess.run(["bash", str(certs / "gen_certs.sh"), *arguments], cwd="/", env=environment(),
                                         stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **nobody)
+                path.chmod(modes[path])
                 self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-                says = re.escape(says.format(certs, certs.owner()))
-                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {says}.*; use chown or chmod\n\Z")
-                self.assertEqual(listing(), before)
+                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {re.escape(says.format(path, path.owner()))}"
+                                                r".*; use chown or chmod\n\Z")
+                self.assert_changed(ready, before)
 
 
 class Surroundings(GenCertsCase):
@@ -598,12 +574,13 @@ class Password(GenCertsCase):
         prompts = ("Enter Export Password:", "Verifying - Enter Export Password:")
         differ = ["gen_certs.sh: the two passwords were not the same"]
         empty = ["gen_certs.sh: the password must not be empty"]
+        end = ["gen_certs.sh: no password after 3 attempts; the certificates that were there are unchanged"]
         ready = with_set()
         for name, typed, complaints in (
             ("client", "typed $ecret,typed $ecret", []), ("a", "typed $ecret,typed $ecret", []),
             ("b", "typed one,typed two,typed $ecret,typed $ecret", differ),
             ("d", ",,typed one,typed two,typed $ecret,typed $ecret", empty + differ),
-            ("client", "typed one,typed two,,,typed one,", differ + empty + differ), ("e", ",,,,,", empty * 3),
+            ("client", "typed one,typed two,,,typed one,", differ + empty + differ + end), ("e", ",,,,,", empty * 3 + end),
         ):
             with self.subTest(f"for {name}.pfx, typed is {typed!r}"):
                 before = contents(ready)
@@ -612,13 +589,11 @@ class Password(GenCertsCase):
                 said = [line for line in run.stdout.splitlines() if line.startswith("gen_certs.sh: ")]
                 self.assertNotRegex(run.stdout, "typed|shown only now|Can't read")   # the last: openssl, of a slip
                 self.assertNotIn("typed", str(run.calls()))
-                if typed.endswith("typed $ecret"):
-                    self.assertEqual((run.code, said), (0, complaints), run.stdout)
-                    self.assertTrue(opens(ready.certs / f"{name}.pfx", "typed $ecret"))
-                else:
-                    self.assertEqual((run.code, said[:-1]), (1, complaints), run.stdout)
-                    self.assertRegex(said[-1], "^gen_certs.sh: no password after 3 attempts; .* unchanged$")
+                self.assertEqual((run.code, said), (1 if said[-1:] == end else 0, complaints), run.stdout)
+                if run.code:
                     self.assert_changed(ready, before)
+                else:
+                    self.assertTrue(opens(ready.certs / f"{name}.pfx", "typed $ecret"))
 
     def test_taken_from_the_variable(self) -> None:
         """MTLS_PFX_PASSWORD is used as it is, with and without a terminal, and not printed."""
@@ -782,8 +757,8 @@ class NothingLost(GenCertsCase):
                 self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what.format(ready.certs.resolve())}: "
                                              "Operation not permitted; the certificates that were there are unchanged\n")
 
-    def test_full_disk(self) -> None:
-        """When files cannot grow, be it the first or the last, or pkcs12 cuts a PFX short without a word, it ends."""
+    def test_nowhere_to_write(self) -> None:
+        """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""
         ready, pfx = with_set(), ready_set() / "client.pfx"
         size = pfx.stat().st_size
         for name in ("ca.cnf", "client.cnf", "server.cnf"):   # which nobody reads in a fast run
@@ -797,13 +772,11 @@ class NothingLost(GenCertsCase):
             with self.subTest(f"a PFX's first {limit} bytes"):
                 cut = f'case $1 in pkcs12) head -c {limit} {shlex.quote(str(pfx))} >certs/client.pfx; exit ;; esac'
                 self.assertIn("failed at [6/6] PFX; ", self.changes_nothing(with_set(), action=cut).stderr)
-
-    def test_nobody_listens(self) -> None:
-        """When its output goes nowhere (as in gen_certs.sh | head -1) it ends."""
-        reader, writer = os.pipe()
-        os.close(reader)
-        self.addCleanup(os.close, writer)
-        self.changes_nothing(with_set(), fast=True, stdout=writer)
+        with self.subTest("nobody reads its output any more, as in gen_certs.sh | head -1"):
+            reader, writer = os.pipe()
+            os.close(reader)
+            self.addCleanup(os.close, writer)
+            self.changes_nothing(ready, fast=True, stdout=writer)
 
 
 class OneAtATime(GenCertsCase):
@@ -992,7 +965,3 @@ class Certificates(unittest.TestCase):
                 structure = openssl("asn1parse", "-inform", "DER", "-in", pfx)
                 self.assertEqual(re.findall(r"OBJECT +:(.*)", structure), ["pkcs7-data", "sha1"],
                                  "the digest of the MAC should be SHA-1")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -52,7 +52,7 @@ class TestDockerfile(unittest.TestCase):
             self.assertEqual(lab().run("client/client.py", "--url", server.url).returncode, 0)
 
     def test_settings(self) -> None:
-        """A slim official image of a Python that the lab supports; no root; python is process 1; nothing is installed."""
+        """An official slim image of a Python that the lab supports, nothing installed, no root; python is process 1."""
         self.assertEqual([word for word, _ in instructions() if word not in ("ENV", "COPY")],
                          ["FROM", "WORKDIR", "USER", "EXPOSE", "CMD"], "nothing that runs, adds or downloads anything")
         self.assertRegex(values("FROM")[0], r"\Apython:3\.1[0-4]-slim\Z")

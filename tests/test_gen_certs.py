@@ -60,8 +60,7 @@ COMMANDS = [
     ("[6/6]", "verify -x509_strict -purpose sslserver -CAfile certs/ca.crt certs/server.crt"),
     ("certs/server.crt: OK", "verify -x509_strict -purpose sslclient -CAfile certs/ca.crt certs/client.crt"),
 ]
-DECISIVE = len(COMMANDS)
-"""The last call of openssl before the new set is moved into place, with MTLS_PFX_PASSWORD set."""
+DECISIVE = len(COMMANDS)   # the last call of openssl before the new set is moved into place
 
 # What a watched openssl or a meddling tool can do (sh). The script is its parent.
 FAILS = 'i=0; while [ $i -lt 150 ]; do i=$((i + 1)); echo "out $i"; echo "err $i" >&2; done; exit 1'
@@ -145,10 +144,10 @@ def meddling(name: str, before: str = ":", after: str = ":") -> dict[str, str]:
 class Run:
     """A run of gen_certs.sh to its end, at umask 022; its keys are of another set than the shared lab's.
 
-    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, and the `folder` of the watched
-    openssl are known. ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is called;
-    no file can grow beyond ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout`
-    is all that this showed. More ``options`` are for Popen.
+    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, and the watched openssl's `folder` are known.
+    ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is called; no file can grow beyond
+    ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is all that this showed. More
+    ``options`` are for Popen.
     """
 
     def __init__(self, of: Lab, *arguments: str, at: int = 0, action: str = ":", fast: bool = False,
@@ -163,17 +162,17 @@ class Run:
         if answers is not None:
             self.code, self.stdout = in_terminal(start, answers, env=variables)
             return
-        out, err = self.folder / "stdout", self.folder / "stderr"
-        with out.open("wb") as stdout, err.open("wb") as stderr:
+        with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
             process = subprocess.Popen(start, env=environment(variables), umask=0o022, start_new_session=True, **{
-                "cwd": scratch(), "stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr, **options})
+                "cwd": scratch(), "stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **options})
         self.group = process.pid
         try:
             self.code = process.wait(PATIENCE)
         except BaseException:
             os.killpg(self.group, signal.SIGKILL)
             raise
-        self.stdout, self.stderr = (each.read_text(encoding="utf-8", errors="replace") for each in (out, err))
+        self.stdout, self.stderr = ((self.folder / name).read_text(encoding="utf-8", errors="replace")
+                                    for name in ("stdout", "stderr"))
 
     def calls(self) -> list[tuple[str, str]]:
         """The calls of openssl: what was printed last until then, and the arguments."""
@@ -183,10 +182,7 @@ class Run:
 
 @once
 def first_run() -> tuple[Lab, Run, Run]:
-    """A lab with a first set, and alice's certificate made on a terminal, both with PASSWORD, and the two runs.
-
-    Do not change its files.
-    """
+    """A lab with a set, and with alice's certificate made on a terminal, to be read only; the runs, with PASSWORD."""
     lab()   # has the keys prepared
     made = Lab("first")
     env = {"PREPARED_SET": "first", "MTLS_PFX_PASSWORD": PASSWORD}
@@ -305,7 +301,7 @@ class WhatItMakes(GenCertsCase):
     def test_second_run_replaces_the_set(self) -> None:
         """It says that the CA is new, names the clients that it has not issued, and how to reissue them."""
         ready = with_set()
-        shutil.copy2(ready.certs / "mallory.key", ready.certs / "stranger.key")   # which is not of this lab
+        # A certificate that is not of this lab.
         openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
                 "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")
         before = contents(ready)
@@ -400,18 +396,18 @@ class Refusals(GenCertsCase):
     def test_tools(self) -> None:
         """An openssl that is missing, broken or too old, or nothing to take a lock with."""
         ready = with_set()
-        for says, options in (
+        for says, env in (
             (r"the openssl command is missing; install OpenSSL 1\.1\.1\+ or LibreSSL 3\.3\+",
-             {"env": {"PATH": path_without("openssl")}}),
-            ("the openssl command does not run; .*", {"action": "exit 1"}),
-            ("neither flock nor perl .*", {"env": {"PATH": path_without("flock", "perl")}}),
-            *((rf"{re.escape(version)} is too old; .*", {"action": f'echo "{version}"; exit'})
+             {"PATH": path_without("openssl")}),
+            ("the openssl command does not run; .*", {"WATCH_ACTION": "exit 1"}),
+            ("neither flock nor perl .*", {"PATH": path_without("flock", "perl")}),
+            *((rf"{re.escape(version)} is too old; .*", {"WATCH_ACTION": f'echo "{version}"; exit'})
               for version in ("OpenSSL 0.9.8zh 14 Jan 2016", "OpenSSL 1.0.2k-fips  26 Jan 2017",
                               "OpenSSL 1.1.0l  10 Sep 2019", "LibreSSL 2.8.3", "LibreSSL 3.2.0")),
         ):
             for arguments in ((), ("client", "zoe")):
                 with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {says}"):
-                    self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments, **options)
+                    self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments, env=env)
         for version in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.0.19 27 Jan 2026", "OpenSSL 3.5.0 8 Apr 2025",
                         "LibreSSL 3.3.6", "LibreSSL 4.0.0"):
             with self.subTest(f"{version} is accepted: it goes on to the next check"):
@@ -499,8 +495,8 @@ class Surroundings(GenCertsCase):
         functions = ("cd", "mv", "rm", "cp", "openssl", "printf", "[")
         for env in ({"SHELLOPTS": "noglob"}, {"SHELLOPTS": "noclobber:keyword"}, {"SHELLOPTS": "xtrace:verbose"},
                     {"BASHOPTS": "failglob:nullglob:dotglob:nocasematch:nocaseglob"}, {"POSIXLY_CORRECT": "1"},
-                    {"GLOBIGNORE": "*.crt:*.key"}, {"CDPATH": str(decoy)}, {"BASH_ENV": f"{decoy}/settings"}, {"IFS": "c/."},
-                    {f"BASH_FUNC_{name}%%": "() { :; }" for name in functions}):
+                    {"GLOBIGNORE": "*.crt:*.key"}, {"CDPATH": str(decoy)}, {"BASH_ENV": f"{decoy}/settings"},
+                    {"IFS": "c/."}, {f"BASH_FUNC_{name}%%": "() { :; }" for name in functions}):
             with self.subTest(f"with {env}"):
                 ready = with_set()
                 before = contents(ready)
@@ -546,9 +542,9 @@ class Repository(GenCertsCase):
         """`git add` takes nothing that the script makes, nor what a killed run leaves."""
         made = Lab("repository")
         shutil.copy(ROOT / ".gitignore", made.root)
-        self.works(made)
-        self.works(made, "client", "zoe")
-        self.assertEqual(Run(made, at=DECISIVE, action="kill -s KILL 0").code, -signal.SIGKILL)
+        for arguments in ((), ("client", "zoe")):
+            self.works(made, *arguments, fast=True)
+        self.assertEqual(Run(made, at=DECISIVE, action="kill -s KILL 0", fast=True).code, -signal.SIGKILL)
         self.assertEqual(len(list(made.certs.glob(".new.*/certs/*.key"))), 3)
         self.git(made.root, "init", "-q")
         self.git(made.root, "add", "--all")
@@ -561,9 +557,9 @@ class Repository(GenCertsCase):
         self.git(ROOT, *here, "init", "-q")
         self.git(ROOT, *here, "add", "README.md", "certs", "server", "client", "tests")
         self.git(ROOT, *here, "checkout-index", "--all", f"--prefix={folder}/checkout/")
-        files = [file for file in (folder / "checkout").rglob("*") if file.is_file()]
-        self.assertEqual([file.name for file in files if b"\r\n" in file.read_bytes()], ["README.md"],
-                         "of which we promise nothing")
+        crlf = [file.name for file in (folder / "checkout").rglob("*")
+                if file.is_file() and b"\r\n" in file.read_bytes()]
+        self.assertEqual(crlf, ["README.md"], "of which we promise nothing")
 
 
 class Password(GenCertsCase):
@@ -580,7 +576,8 @@ class Password(GenCertsCase):
             ("client", "typed $ecret,typed $ecret", []), ("a", "typed $ecret,typed $ecret", []),
             ("b", "typed one,typed two,typed $ecret,typed $ecret", differ),
             ("d", ",,typed one,typed two,typed $ecret,typed $ecret", empty + differ),
-            ("client", "typed one,typed two,,,typed one,", differ + empty + differ + end), ("e", ",,,,,", empty * 3 + end),
+            ("client", "typed one,typed two,,,typed one,", differ + empty + differ + end),
+            ("e", ",,,,,", empty * 3 + end),
         ):
             with self.subTest(f"for {name}.pfx, typed is {typed!r}"):
                 before = contents(ready)
@@ -643,13 +640,12 @@ class NothingLost(GenCertsCase):
         """At whichever call: its output appears, all of it, then the step."""
         ready = with_set()
         self.works(ready)   # from now on mallory's certificate is of a former CA: it can be reissued
-        reissue = enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"), 4)
-        for arguments, at, announced, command, password in [
+        for arguments, at, announced, command, password in (
             *(((), at, step if step.startswith("[") else "[6/6]", command, "secret")
               for at, (step, command) in enumerate(COMMANDS[1:], 2)), ((), 10, "[6/6]", "rand ", ""),
-            *((("client", "mallory"), at, "[1/2]" if at < 7 else "[2/2]", command, "secret")
-              for at, command in reissue),
-        ]:
+            *((("client", "mallory"), at, "[1/2]" if at < 7 else "[2/2]", command, "secret") for at, command in
+              enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"), 4)),
+        ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: call {at} fails, openssl {command}"):
                 run = self.changes_nothing(ready, *arguments, at=at, action=FAILS, fast=not arguments,
                                            env={"MTLS_PFX_PASSWORD": password})
@@ -662,8 +658,7 @@ class NothingLost(GenCertsCase):
         """Ctrl+C during any call of openssl; kill and a closed terminal at some; Ctrl+C at the work of other tools."""
         kill, hangup, alone = "kill -s TERM 0", "kill -s HUP 0", "kill -s TERM $PPID"
         codes = {CTRL_C: 130, kill: 143, hangup: 129, alone: 143}
-        zoe = ("client", "zoe")
-        ready = with_set()
+        zoe, ready = ("client", "zoe"), with_set()
         for arguments, at, action in (
             *(((), at, CTRL_C) for at in range(2, DECISIVE + 1)),
             *(((), at, action) for at in (2, 6, 11) for action in (kill, hangup, alone)),
@@ -698,13 +693,10 @@ class NothingLost(GenCertsCase):
         """Ctrl+C at the terminal, while a key is made and when the password is asked for."""
         prompt = "Enter Export Password:"
         ready = with_set()
-        # The newline is for an openssl that was hit just before it began to read: it reads on all the same.
-        for what, at, answers in (("while the CA's key is made", 2, [("held", "\x03\n")]),
-                                  ("while it signs", 9, [("held", "\x03\n")]),
-                                  ("instead of the password", 99, [(prompt, "\x03\n")]),
-                                  ("instead of its confirmation", 99,
-                                   [(prompt, "typed\n"), (f"Verifying - {prompt}", "\x03\n")])):
-            with self.subTest(f"Ctrl+C {what}"):
+        for at, shown in ((2, ["held"]), (9, ["held"]), (99, [prompt]), (99, [prompt, f"Verifying - {prompt}"])):
+            with self.subTest(f"Ctrl+C at {shown[-1]!r}, call {at}"):
+                # The newline is for an openssl that was hit just before it began to read: it reads on all the same.
+                answers = [*((text, "typed\n") for text in shown[:-1]), (shown[-1], "\x03\n")]
                 run = self.changes_nothing(ready, at=at, action="echo held >/dev/tty; sleep 60", answers=answers,
                                            code=130, env={"MTLS_PFX_PASSWORD": ""})
                 self.assertNotIn("same", run.stdout)
@@ -754,8 +746,8 @@ class NothingLost(GenCertsCase):
                 for name in gone:
                     (ready.certs / name).unlink()
                 run = self.changes_nothing(ready, *arguments, fast=True, env=meddling("mv", meddle))
-                self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what.format(ready.certs.resolve())}: "
-                                             "Operation not permitted; the certificates that were there are unchanged\n")
+                self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what.format(ready.certs.resolve())}: Operation "
+                                             "not permitted; the certificates that were there are unchanged\n")
 
     def test_nowhere_to_write(self) -> None:
         """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""
@@ -783,7 +775,7 @@ class OneAtATime(GenCertsCase):
     """Two runs never mix their files, and a killed one stands in nobody's way."""
 
     def test_lock(self) -> None:
-        """While one runs, others say so and change nothing; a killed one is in nobody's way, though its openssl lives on."""
+        """While one runs, others say so and change nothing; a killed one stops none, though its openssl lives on."""
         for name, path in (("flock", {}), ("perl", {"PATH": path_without("flock")})):
             if not shutil.which(name):
                 continue
@@ -861,7 +853,8 @@ class Certificates(unittest.TestCase):
         client = leaf | {"Key Usage": (True, "Digital Signature"),
                          "Extended Key Usage": (False, "TLS Web Client Authentication")}
         for name, expected in {
-            "ca": {"Basic Constraints": (True, "CA:TRUE, pathlen:0"), "Key Usage": (True, "Certificate Sign, CRL Sign")},
+            "ca": {"Basic Constraints": (True, "CA:TRUE, pathlen:0"),
+                   "Key Usage": (True, "Certificate Sign, CRL Sign")},
             "server": leaf | {"Key Usage": (True, "Digital Signature, Key Encipherment"),
                               "Extended Key Usage": (False, "TLS Web Server Authentication"),
                               "Subject Alternative Name": (False, "DNS:localhost, IP Address:127.0.0.1")},

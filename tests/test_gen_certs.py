@@ -697,8 +697,8 @@ class NothingLost(GenCertsCase):
             with self.subTest(f"Ctrl+C at {shown[-1]!r}, call {at}"):
                 # The newline is for an openssl that was hit just before it began to read: it reads on all the same.
                 answers = [*((text, "typed\n") for text in shown[:-1]), (shown[-1], "\x03\n")]
-                run = self.changes_nothing(ready, at=at, action="echo held >/dev/tty; sleep 60", answers=answers,
-                                           code=130, env={"MTLS_PFX_PASSWORD": ""})
+                run = self.changes_nothing(ready, at=at, action="echo held >/dev/tty; read -r line </dev/tty",
+                                           answers=answers, code=130, env={"MTLS_PFX_PASSWORD": ""})
                 self.assertNotIn("same", run.stdout)
 
     def test_killed(self) -> None:

@@ -328,7 +328,7 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             problem = "address already in use"   # Windows has longer words for it
             advice = ("stop the program that uses this port, or take another one in both terminals: "
-                      "export MTLS_SERVER_PORT=8444")
+                      "MTLS_SERVER_PORT=8444")
         sys.exit(f"[SERVER] ERROR: cannot listen on {host}:{port} ({problem}); {advice}")
 
 

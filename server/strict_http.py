@@ -244,7 +244,8 @@ def for_log(line: bytes) -> str:
 
     Only two spaces stay: more could move what follows to where a line of the log begins.
     """
-    text = line[:MAX_LOGGED + 2].decode("latin-1").rstrip("\r\n").encode("unicode_escape").decode().replace('"', r"\x22")
+    text = line[:MAX_LOGGED + 2].decode("latin-1").rstrip("\r\n")
+    text = text.encode("unicode_escape").decode().replace('"', r"\x22")
     words = text.split(" ")
     if len(words) > 3:
         text = " ".join([words[0], r"\x20".join(words[1:-1]), words[-1]])

@@ -113,8 +113,9 @@ class CommandTest(unittest.TestCase):
         for group, entries in seen.items():
             for title, entry in entries.items():
                 with self.subTest(title):
-                    if entry["client saw"].startswith("not run: ") or (title.endswith("curl") and not curl_falls_back()):
-                        self.skipTest(entry["client saw"])
+                    client = entry["client saw"]
+                    if client.startswith("not run: ") or (title.endswith("curl") and not curl_falls_back()):
+                        self.skipTest(client)
                     self.assertIn(entry, expected(title, told()[group][title]))
 
     def test_words(self) -> None:

@@ -16,9 +16,6 @@ from tests.mistakes import Bench, Outcome, meet
 from tests.support import (
     PATIENCE,
     ROOT,
-    Answer,
-    Lab,
-    Server,
     environment,
     new_folder,
     once,
@@ -265,24 +262,6 @@ class WireTest(BenchCase):
                 wire.client.do_handshake()
                 self.assertEqual(wire.send_request()[1], [APPLICATION_DATA])
                 self.assertEqual(wire.server.read(4096), REQUEST)
-
-    def test_lab(self) -> None:
-        """The lab's server never serves it: nothing is on its list, and nothing in its log."""
-        of = Lab("wire")
-        for name in ("ca.crt", "server.crt", "server.key", "client.crt", "client.key"):
-            shutil.copy(self.bench.folder / name, of.certs)
-        with Server(of) as server:
-            for version, alert in REFUSALS.items():
-                context = of.context(None, maximum_version=version)
-                with self.assertRaises(ssl.SSLError) as news, server.connect(context=context) as client:
-                    client.sendall(REQUEST)   # TLS 1.3: connected, as far as the client knows
-                    client.recv(1)
-                self.assertEqual(news.exception.reason, alert)
-            with server.connect("client") as client:
-                client.sendall(request("GET", "/todo"))
-                self.assertNotIn("stolen", [item["task"] for item in Answer(client).json["todos"]])
-            server.stderr.wait_for('"GET /todo HTTP/1.1" 200')
-            self.assertFalse([line for line in server.stderr.now() if "POST" in line])
 
 
 if __name__ == "__main__":

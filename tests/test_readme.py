@@ -335,7 +335,8 @@ class PageTest(unittest.TestCase):
                 "let running requests finish, for 5 s at most", "The list begins with five items",
                 "\ndocker build -f Dockerfile -t <dockerhub-user>/mtls-server:latest .\n",
                 "\ndocker run -d --rm --name mtls-server -p 8443:8443 <dockerhub-user>/mtls-server:latest\n",
-                "`docker push <dockerhub-user>/mtls-server:latest`", "cut after 200 characters", "beyond 1,000 requests they are dropped",
+                "`docker push <dockerhub-user>/mtls-server:latest`",
+                "cut after 200 characters", "beyond 1,000 requests they are dropped",
                 f"[{len(mistakes.EXPERIMENTS)} experiments](#common-mistakes)"):
             self.assertTrue(claim in README, f"not on the page: {claim}")
         statuses = sorted(re.findall(r"\b[45]\d\d\b", " ".join(row[0] for row in table(section("Endpoints").text))))

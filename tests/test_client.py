@@ -21,7 +21,6 @@ from typing import NamedTuple
 from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import (
     PATIENCE,
-    ROOT,
     Lab,
     Server,
     environment,
@@ -34,11 +33,11 @@ from tests.support import (
     scratch,
     side_by_side,
 )
+from tests.test_readme import section
 
 CLIENT, NEGATIVE = "client", "client_no_cert"
 
-PAGE = (ROOT / "README.md").read_text(encoding="utf-8")
-OUTPUT = PAGE.split("### With a certificate\n")[1].split("```text\n")[1].split("```")[0]
+OUTPUT = section("With a certificate").blocks[1].content
 """What the client prints on a fresh server, as the page shows it."""
 
 
@@ -341,9 +340,8 @@ class TestStart(ClientCase):
 
     def test_old_python(self) -> None:
         """All three programs say in one line that it is too old."""
-        folders = {Path(folder) for folder in os.environ["PATH"].split(os.pathsep) if "shims" not in folder}
-        old = [*(python for folder in folders for python in folder.glob("python3.[6-9]")),
-               *Path.home().glob(".pyenv/versions/*/bin/python3.[6-9]")]
+        folders = (Path("/usr/bin"), Path("/usr/local/bin"), *Path.home().glob(".pyenv/versions/*/bin"))
+        old = [python for folder in folders for python in folder.glob("python3.[6-9]")]
         if not old:
             self.skipTest("needs a Python older than 3.10")
         for python in old:

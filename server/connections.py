@@ -11,18 +11,16 @@ of them. Who has proved with a certificate who he is becomes a *guest*: a worker
 own, reads and answers his requests in the plain blocking way. The doorman sees off all who go:
 what they were told last must reach them before the connection ends.
 
-Every wait has a deadline. The doorman looks at them four times a second. To end a worker's wait,
-he shuts the socket down under it. Windows does not wake for that, so there waits come in slices.
+Every wait has a deadline. The doorman looks at his four times a second. Workers wait in slices of
+that length, and look in between: no system lets another thread end a wait in the same way.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import errno
 import math
 import os
-import select
 import selectors
 import socket
 import socketserver
@@ -39,7 +37,6 @@ MAX_STRANGERS = 512         # at the door: in their handshake, or being seen off
 MAX_DRAIN = 16 * 1024 ** 2  # bytes that one who is seen off may still send
 STOP_SECONDS = 5.0          # that running requests have to finish when the server is told to stop
 TICK = 0.25                 # seconds between two looks at the deadlines
-SLICE = TICK if sys.platform == "win32" else None   # seconds of a worker's single wait, where nobody can wake him
 
 Phase = enum.Enum("Phase", "HANDSHAKE IDLE REQUEST RESPONSE REFUSED CLOSING")
 DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.IDLE: 15.0, Phase.REQUEST: 10.0, Phase.RESPONSE: 10.0,
@@ -52,25 +49,32 @@ class Guest(ssl.SSLSocket):
 
     phase = Phase.HANDSHAKE
     deadline = math.inf   # on the clock of time.monotonic(); none while he waits for a worker
-    given_up = False      # told to go
+    leaving = False       # told to go after what he is doing
+
+    def enter(self, phase: Phase) -> None:
+        """Begin a phase and its deadline."""
+        self.phase, self.deadline = phase, time.monotonic() + DEADLINES[phase]
+
+    def late(self) -> bool:
+        """Whether his time is over."""
+        return time.monotonic() >= self.deadline
 
     def recv_into(self, *arguments: Any) -> int:
-        """As ever. After a slice: once more, or 0 if he was told to go, as at the input's end."""
-        while True:
+        """As ever, but 0, as at the input's end, when his time is over, or if he is idle and told to go."""
+        while not self.late():
             try:
                 return super().recv_into(*arguments)
-            except TimeoutError:
-                if self.given_up:
-                    return 0
+            except TimeoutError:   # of a slice
+                if self.leaving and self.phase is Phase.IDLE:
+                    break
+        return 0
 
     def send(self, *arguments: Any) -> int:
-        """As ever. After a slice: once more, unless he was told to go."""
-        while True:
-            try:
+        """As ever, but only until his time is over."""
+        while not self.late():
+            with contextlib.suppress(TimeoutError):   # of a slice
                 return super().send(*arguments)
-            except TimeoutError:
-                if self.given_up:
-                    raise
+        raise TimeoutError
 
 
 @dataclass
@@ -98,21 +102,21 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.context = context
         context.sslsocket_class = Guest
         # With few descriptors (ulimit -n) both shrink. On Windows, select() takes 512 sockets.
-        descriptors = max(os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 768, 36) - 32
-        self.max_guests = min(MAX_GUESTS, descriptors // 2)
-        self.max_strangers = min(MAX_STRANGERS, descriptors - self.max_guests)
+        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 512
+        places = max(limit, 36) - 32 if limit >= 0 else MAX_GUESTS + MAX_STRANGERS   # negative: unlimited
+        self.max_guests = min(MAX_GUESTS, places // 2)
+        self.max_strangers = min(MAX_STRANGERS, places - self.max_guests)
         self.strangers: dict[int, Stranger] = {}   # by descriptor, the oldest first
         self.guests: set[Guest] = set()
-        self.changing = threading.Lock()           # guards the guests and their phases
         self.workers = ThreadPoolExecutor(self.max_guests)
-        self.selector = selectors.DefaultSelector()
         self.next_look = 0.0
         self.stopping = False
         self.stopped = threading.Event()
-        addresses = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-        # IPv4 first, because "localhost" may stand for both.
-        self.address_family, *_, where = min(addresses, key=lambda one: one[0] != socket.AF_INET)
+        # The smallest, because "localhost" may stand for both: AF_INET is less than AF_INET6 everywhere.
+        self.address_family, *_, where = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
         super().__init__(where, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
+        self.selector = selectors.DefaultSelector()
+        self.selector.register(self.socket, selectors.EVENT_READ)
 
     def server_bind(self) -> None:
         """Set the listener's options, and bind."""
@@ -134,13 +138,17 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Be the doorman, until `shutdown`."""
-        while self.strangers or self.guests or not self.stopping:
-            self.service_actions()
-            for key, _ in self.selector.select(poll_interval):
-                if key.data is None:
-                    self.accept()
-                elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
-                    self.attend(key.data)
+        while self.guests or self.strangers or not self.stopping:
+            try:
+                self.service_actions()
+                for key, _ in self.selector.select(poll_interval):
+                    if key.data is None:
+                        self.accept()
+                    elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
+                        self.attend(key.data)
+            except Exception:   # a defect of ours; but without a doorman nobody would come in any more
+                self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
+                time.sleep(TICK)   # it may come back at once
         self.stopped.set()
 
     def accept(self) -> None:
@@ -148,21 +156,23 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         for _ in range(64):
             try:
                 newcomer, address = self.get_request()
-            except OSError as error:   # as a rule: no more are there
-                if error.errno in (errno.EMFILE, errno.ENFILE):
-                    self.selector.unregister(self.socket)   # until the next look; else a busy loop
-                    self.make_room(1)
+            except (BlockingIOError, ConnectionError):   # no more are there, or this one has left
+                return
+            except OSError:   # no descriptor is free
+                time.sleep(0.01)   # else this would be a busy loop
+                self.turn_away_oldest() if self.strangers else self.make_room(1)
                 return
             newcomer.setblocking(False)
-            self.put_at_door(Stranger(newcomer, address, newcomer.fileno()))
-            if len(self.strangers) > self.max_strangers:
-                self.turn_away(next(iter(self.strangers.values())))
+            # macOS gives no address for a peer that has left already.
+            self.put_at_door(Stranger(newcomer, address or ("unknown", 0), newcomer.fileno()))
+            while len(self.strangers) > self.max_strangers:
+                self.turn_away_oldest()
 
     def put_at_door(self, stranger: Stranger) -> None:
         """Look after what he sends, until his phase's deadline."""
         stranger.deadline = time.monotonic() + DEADLINES[stranger.phase]
-        self.strangers[stranger.number] = stranger
         self.selector.register(stranger.number, selectors.EVENT_READ, stranger)
+        self.strangers[stranger.number] = stranger   # last: once he is there, the doorman may turn him away
 
     def take_from_door(self, stranger: Stranger) -> None:
         """The opposite."""
@@ -176,6 +186,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 f"no complete handshake within {DEADLINES[stranger.phase]:.0f} s, or while others waited"))
         self.take_from_door(stranger)
         self.close_request(stranger.socket)
+
+    def turn_away_oldest(self) -> None:
+        """Who came to the door first gives way."""
+        self.turn_away(list(self.strangers.values())[0])   # a copy: workers bring guests back meanwhile
 
     def attend(self, stranger: Any) -> None:
         """Something has come from a `Stranger`."""
@@ -200,16 +214,16 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
             events = selectors.EVENT_READ if isinstance(wanted, ssl.SSLWantReadError) else selectors.EVENT_WRITE
             self.selector.modify(stranger.number, events, stranger)
-            return
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            self.take_from_door(stranger)
             self.refused(stranger.address, error)
-            stranger.phase = Phase.REFUSED
-        self.take_from_door(stranger)
-        if stranger.phase is Phase.HANDSHAKE:
+            if stranger.socket.fileno() >= 0:   # else he has reset it before TLS began
+                # Our end is not said yet: it could overtake the alert in some clients (Chromium).
+                stranger.phase = Phase.REFUSED
+                self.put_at_door(stranger)
+        else:
+            self.take_from_door(stranger)
             self.process_request(stranger.socket, stranger.address)
-        elif stranger.socket.fileno() >= 0:   # else the peer has reset it before TLS began
-            # Our end is not said yet: it could overtake the alert in some clients (Chromium).
-            self.put_at_door(stranger)
 
     def service_actions(self) -> None:
         """Look at all deadlines, if it is time."""
@@ -217,17 +231,14 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         if now < self.next_look:
             return
         self.next_look = now + TICK
-        if self.stopping:
+        if self.stopping and self.socket.fileno() >= 0:
+            self.selector.unregister(self.socket)
             self.server_close()
-        elif self.socket.fileno() not in self.selector.get_map():
-            self.selector.register(self.socket, selectors.EVENT_READ)
         for stranger in list(self.strangers.values()):
             if now >= stranger.deadline or (self.stopping and stranger.phase is Phase.HANDSHAKE):
                 self.turn_away(stranger)
-        with self.changing:
-            for guest in self.guests:
-                if now >= guest.deadline or (self.stopping and guest.phase is Phase.IDLE):
-                    self.give_up(guest)
+        for guest in list(self.guests):
+            guest.leaving |= self.stopping
         self.make_room(len(self.guests) - self.max_guests)
 
     # Guests
@@ -242,41 +253,24 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
             # and a client with Nagle's algorithm holds his first request back for that ACK.
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        request.settimeout(SLICE)
-        with self.changing:
-            self.guests.add(request)
-        self.workers.submit(self.process_request_thread, request, client_address)
+        request.settimeout(TICK)   # of a slice
+        self.guests.add(request)
+        try:
+            self.workers.submit(self.process_request_thread, request, client_address)
+        except RuntimeError:   # no more threads can be started: he waits for one that is there
+            self.make_room(1)
         self.make_room(len(self.guests) - self.max_guests)
 
     def make_room(self, places: int) -> None:
-        """Tell so many guests to go, if there are: the unwelcome, then the longest idle with no request on its way."""
+        """Tell so many guests to go, if there are: the unwelcome at once, then the longest idle, without a request."""
         if places <= 0:
             return
-        with self.changing:
-            unwelcome = [one for one in self.guests if not self.is_welcome(one)]
-            idle = {one for one in self.guests if one.phase is Phase.IDLE}.difference(unwelcome)
-            idle.difference_update(select.select(idle, [], [], 0)[0])
-            for guest in [*unwelcome, *sorted(idle, key=lambda one: one.deadline)][:places]:
-                if not guest.given_up:
-                    self.give_up(guest)
-
-    def enter(self, guest: Guest, phase: Phase) -> bool:
-        """Begin a guest's phase and its deadline. False if he was told to go just before, or we stop."""
-        with self.changing:
-            wanted = not guest.given_up and not (self.stopping and phase is Phase.IDLE)
-            guest.phase, guest.deadline = phase, time.monotonic() + DEADLINES[phase]
-            guest.given_up = False
-        return wanted
-
-    def give_up(self, guest: Guest) -> None:
-        """End his worker's wait, as if the input had ended: it can still answer. The next time, end all."""
-        only_input = guest.phase in (Phase.IDLE, Phase.REQUEST) and not guest.given_up
-        guest.given_up = True
-        guest.deadline = time.monotonic() + DEADLINES[Phase.CLOSING]
-        if SLICE is None or not only_input:
-            with contextlib.suppress(OSError):
-                # Not SSLSocket's method: that drops the TLS layer under the worker's feet.
-                socket.socket.shutdown(guest, socket.SHUT_RD if only_input else socket.SHUT_RDWR)
+        unwelcome = [guest for guest in list(self.guests) if not self.is_welcome(guest)]
+        idle = [guest for guest in self.guests.difference(unwelcome) if guest.phase is Phase.IDLE]
+        for guest in [*unwelcome, *sorted(idle, key=lambda one: one.deadline)][:places]:
+            guest.leaving = True
+            if guest in unwelcome:
+                guest.deadline = 0.0
 
     def shutdown_request(self, request: Any) -> None:
         """A worker's last words: close_notify, and the end of our direction. Then back to the door.
@@ -288,9 +282,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         for last_words in (request.unwrap, lambda: request.shutdown(socket.SHUT_WR)):
             with contextlib.suppress(OSError, ValueError):   # as a rule: close_notify is out, the peer's is not here
                 last_words()
-        with self.changing:
-            self.guests.discard(request)
         self.put_at_door(Stranger(request, None, request.fileno(), Phase.CLOSING))
+        self.guests.discard(request)
 
     def running(self) -> bool:
         """Whether a request is being read or answered."""

@@ -171,7 +171,7 @@ class TodoServer(DoormanServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A peer that vanishes in the middle is no news; anything else is ours: one line."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if request is None or not isinstance(error, OSError):
             self.log.write(f"ERROR | peer={client_address[0]} | {error!r}")
 
 

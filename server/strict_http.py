@@ -19,7 +19,7 @@ import time
 from http import HTTPStatus
 from io import BufferedReader
 
-from connections import DEADLINES, DoormanServer, Guest, Phase
+from connections import DEADLINES, Guest, Phase
 
 MAX_LINE = 64 * 1024   # bytes of the request line, and of one header line
 MAX_HEADERS = 100      # lines
@@ -46,7 +46,6 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1                   # buffer, so that head and body leave in one write
-    server: DoormanServer
     connection: Guest
     rfile: BufferedReader
     fields: dict[str, list[str]]    # the headers' values, by their names in small letters
@@ -61,14 +60,16 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         """Wait for a request, read and answer it. See http.server."""
         self.requestline, self.command, self.request_version = "", "", "HTTP/1.1"
         self.close_connection = True
-        if not self.server.enter(self.connection, Phase.IDLE):
+        if self.connection.leaving:
             return
+        self.connection.enter(Phase.IDLE)
         # An empty line between requests, which some clients send, begins none (RFC 9112 section 2.2).
         begin = b"\r\n"
         while begin in (b"\r\n", b"\n"):
             begin = self.rfile.readline(2) if self.rfile.peek(1)[:1] in (b"\r", b"\n") else self.rfile.read(1)
-        if not begin or not self.server.enter(self.connection, Phase.REQUEST):
+        if not begin:
             return
+        self.connection.enter(Phase.REQUEST)
         try:
             self.read_request_line(begin)
             self.read_headers()
@@ -123,7 +124,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         """The refusal of a line that breaks the rule, or of what has come of a request that broke off."""
         if line.endswith(b"\n"):
             return Refusal(HTTPStatus.BAD_REQUEST, rule, closes=True)
-        if self.connection.given_up:
+        if self.connection.late():
             limit = f"request: must be complete within {DEADLINES[Phase.REQUEST]:.0f} s"
             return Refusal(HTTPStatus.REQUEST_TIMEOUT, limit, closes=True)
         return Refusal(HTTPStatus.BAD_REQUEST, "request: ended before it was complete", closes=True)
@@ -160,9 +161,8 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
     def respond(self, status: HTTPStatus, content: object, **headers: str) -> None:
         """Send an answer: ``content`` as JSON (bytes: JSON already), which HEAD only measures."""
         body = content if isinstance(content, bytes) else encode(content)
-        self.server.enter(self.connection, Phase.RESPONSE)
-        if self.server.stopping:
-            self.close_connection = True
+        self.connection.enter(Phase.RESPONSE)
+        self.close_connection |= self.connection.leaving
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))

@@ -11,8 +11,8 @@ of them. Who has proved with a certificate who he is becomes a *guest*: a worker
 own, reads and answers his requests in the plain blocking way. The doorman sees off all who go:
 what they were told last must reach them before the connection ends.
 
-Every wait has a deadline. The doorman looks at his four times a second. Workers wait in slices of
-that length, and look in between: no system lets another thread end a wait in the same way.
+Every wait has a deadline. The doorman looks at those of strangers four times a second. Workers wait in
+slices of that length and look in between, because Windows lets nobody else end a thread's wait.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ MAX_GUESTS = 256            # served at the same time
 MAX_STRANGERS = 512         # at the door: in their handshake, or being seen off
 MAX_DRAIN = 16 * 1024 ** 2  # bytes that one who is seen off may still send
 STOP_SECONDS = 5.0          # that running requests have to finish when the server is told to stop
-TICK = 0.25                 # seconds between two looks at the deadlines
+TICK = 0.25                 # seconds between two looks at the deadlines: a slice of a worker's wait
 
 Phase = enum.Enum("Phase", "HANDSHAKE IDLE REQUEST RESPONSE REFUSED CLOSING")
 DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.IDLE: 15.0, Phase.REQUEST: 10.0, Phase.RESPONSE: 10.0,
@@ -142,10 +142,12 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             try:
                 self.service_actions()
                 for key, _ in self.selector.select(poll_interval):
+                    stranger = self.strangers.get(key.fd)
                     if key.data is None:
                         self.accept()
-                    elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
-                        self.attend(key.data)
+                    elif stranger and stranger is key.data:   # else he has gone since select() returned
+                        step = self.shake_hands if stranger.phase is Phase.HANDSHAKE else self.see_off
+                        step(stranger)
             except Exception:   # a defect of ours; but without a doorman nobody would come in any more
                 self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
                 time.sleep(TICK)   # it may come back at once
@@ -160,13 +162,13 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 return
             except OSError:   # no descriptor is free
                 time.sleep(0.01)   # else this would be a busy loop
-                self.turn_away_oldest() if self.strangers else self.make_room(1)
+                self.make_room(1)
                 return
             newcomer.setblocking(False)
             # macOS gives no address for a peer that has left already.
             self.put_at_door(Stranger(newcomer, address or ("unknown", 0), newcomer.fileno()))
             while len(self.strangers) > self.max_strangers:
-                self.turn_away_oldest()
+                self.turn_away(list(self.strangers.values())[0])   # a copy: workers bring guests back meanwhile
 
     def put_at_door(self, stranger: Stranger) -> None:
         """Look after what he sends, until his phase's deadline."""
@@ -187,16 +189,9 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.take_from_door(stranger)
         self.close_request(stranger.socket)
 
-    def turn_away_oldest(self) -> None:
-        """Who came to the door first gives way."""
-        self.turn_away(list(self.strangers.values())[0])   # a copy: workers bring guests back meanwhile
-
-    def attend(self, stranger: Any) -> None:
-        """Something has come from a `Stranger`."""
-        if stranger.phase is Phase.HANDSHAKE:
-            self.shake_hands(stranger)
-            return
-        try:   # Not SSLSocket.recv, which would go on with the handshake: this is only to be dropped.
+    def see_off(self, stranger: Stranger) -> None:
+        """Drop what he still sends, until he leaves."""
+        try:   # not SSLSocket.recv, which would go on with the handshake
             dropped = len(socket.socket.recv(stranger.socket, 64 * 1024))
         except OSError:
             dropped = 0
@@ -226,7 +221,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.process_request(stranger.socket, stranger.address)
 
     def service_actions(self) -> None:
-        """Look at all deadlines, if it is time."""
+        """If it is time: look at the deadlines at the door, and who has to leave the house."""
         now = time.monotonic()
         if now < self.next_look:
             return
@@ -253,7 +248,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
             # and a client with Nagle's algorithm holds his first request back for that ACK.
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        request.settimeout(TICK)   # of a slice
+        request.settimeout(TICK)
         self.guests.add(request)
         try:
             self.workers.submit(self.process_request_thread, request, client_address)

@@ -18,11 +18,13 @@ import sys
 import time
 from http import HTTPStatus
 from io import BufferedReader
+from typing import NoReturn
 
 from connections import DEADLINES, Guest, Phase
 
 MAX_LINE = 64 * 1024   # bytes of the request line, and of one header line
 MAX_HEADERS = 100      # lines
+MAX_DEPTH = 100        # levels of arrays and objects in a JSON body
 MAX_LOGGED = 200       # characters of a request line that are logged
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                                # RFC 9110 section 5.6.2
@@ -158,6 +160,21 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = not self.keep_alive
         return body
 
+    def read_json(self, most: int) -> dict[str, object]:
+        """The body, a JSON object (RFC 8259) of so many bytes at most. Raises Refusal."""
+        try:
+            text = self.read_body(most).decode()
+            if depth(text) > MAX_DEPTH:   # judged before: the parser's recursion could exhaust the thread's stack
+                raise Refusal(HTTPStatus.BAD_REQUEST, f"body: nested more than {MAX_DEPTH} levels deep")
+            value = json.loads(text, parse_constant=not_json, object_pairs_hook=unambiguous)
+        except UnicodeDecodeError:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "body: must be UTF-8") from None
+        except ValueError as error:
+            raise Refusal(HTTPStatus.BAD_REQUEST, f"body: must be JSON ({error})") from None
+        if not isinstance(value, dict):
+            raise Refusal(HTTPStatus.BAD_REQUEST, "body: must be a JSON object")
+        return value
+
     def respond(self, status: HTTPStatus, content: object, **headers: str) -> None:
         """Send an answer: ``content`` as JSON (bytes: JSON already), which HEAD only measures."""
         body = content if isinstance(content, bytes) else encode(content)
@@ -202,6 +219,27 @@ def encode(value: object) -> bytes:
     """
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
+
+
+def depth(text: str) -> int:
+    """How deep a JSON text is nested. What is in its strings does not count."""
+    deepest = level = 0
+    for token in re.findall(r'[\[{}\]]|"(?:[^"\\]|\\.)*"?', text, re.DOTALL):
+        level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
+        deepest = max(deepest, level)
+    return deepest
+
+
+def not_json(constant: str) -> NoReturn:
+    """Refuse NaN and Infinity, which Python's json reads although RFC 8259 section 6 forbids them."""
+    raise ValueError(f"{constant} is not JSON")
+
+
+def unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse an object that has a name twice: some programs take the first, some the last (RFC 8259 section 4)."""
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("a name is there twice")
+    return dict(pairs)
 
 
 def for_log(line: bytes) -> str:

@@ -175,7 +175,7 @@ class TodoHandler(StrictHandler):
         if self.command in ("PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
             raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method: must be GET, HEAD or POST", Allow="GET, HEAD, POST")
         if self.command not in ("GET", "HEAD", "POST"):
-            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "method: is unknown", closes=True)
+            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "method: is unknown")
         self.body_length()   # refuses what could hide a second request, also where no body is wanted
         if self.command == "POST":
             return self.create_todo(name)

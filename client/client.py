@@ -5,39 +5,29 @@ It proves who it is with certs/client.crt and its key, and accepts only a server
 certificate our own CA has signed for the host in the URL.
 """
 
-from __future__ import annotations
-
 import argparse
+import errno
 import http.client
 import json
 import os
 import ssl
+import stat
 import sys
-import urllib.error
-import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any, NoReturn
 
-CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
-TIMEOUT = 10.0   # seconds of silence from the server
+if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error from whatever is missing first
+    sys.exit(f"client.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
+import exchange  # needs the newer Python itself
+from exchange import CERTS, printable
 
-def fail(problem: str) -> NoReturn:
-    """One line on stderr that says what is wrong and what to do; exit 1."""
-    print(f"[CLIENT] ERROR: {printable(' '.join(problem.split()))}", file=sys.stderr)
-    sys.exit(1)
-
-
-def printable(text: str) -> str:
-    """The text with control characters as JSON escapes: what a server sends must not drive our terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+MAX_ANSWER = 1024 ** 2   # bytes
 
 
 def tls_context(cert: Path, key: Path, cacert: Path) -> ssl.SSLContext:
-    """The client's side of mutual TLS. Raises OSError (ssl.SSLError is one) if a file cannot be used."""
-    for file in (cert, key, cacert):
-        file.read_bytes()   # names the file that is missing, which ssl does not
+    """The client's side of mutual TLS. Raises ssl.SSLError if the files cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # ① Verify the server against our own CA only. With the system's trust store, a certificate
     #    from any public CA for the same name would do.
@@ -51,28 +41,68 @@ def tls_context(cert: Path, key: Path, cacert: Path) -> ssl.SSLContext:
     context.load_cert_chain(certfile=cert, keyfile=key, password="")
     # TLS 1.0 and 1.1 are deprecated (RFC 8996).
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # For Wireshark, if asked for. Private, because whoever has this file can read the traffic.
-    if keylog := os.environ.get("SSLKEYLOGFILE"):
-        Path(keylog).touch(mode=0o600)
-        context.keylog_filename = keylog
     return context
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """Following a redirect could lead our request, and our certificate, elsewhere: an error here."""
+def log_secrets(context: ssl.SSLContext, file: str) -> None:
+    """Let TLS append each session's secrets to the file, for Wireshark. Raises OSError.
 
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Follow none; urllib then raises HTTPError."""
+    Whoever has them can read the traffic, so the file must be ours alone: in a folder that others
+    write in, it could be there already as theirs, or as a link to a file of ours.
+    """
+    descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
+    try:
+        status = os.fstat(descriptor)
+        if os.name == "posix":   # Windows has other permissions, and no links that anyone may make
+            if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
+                raise PermissionError(errno.EPERM, "not a file of our own")
+            os.fchmod(descriptor, 0o600)
+    finally:
+        os.close(descriptor)
+    context.keylog_filename = file
 
 
-def exchange(opener: urllib.request.OpenerDirector, url: str, item: dict[str, Any] | None = None) -> tuple[int, Any]:
-    """POST ``item`` as JSON, or GET if there is none; returns the status and the decoded reply."""
+def fail(problem: str) -> NoReturn:
+    """One line on stderr that says what is wrong and what to do; exit 1."""
+    print(f"[CLIENT] ERROR: {exchange.one_line(problem)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def ask(context: ssl.SSLContext, url: str, item: dict[str, Any] | None = None) -> tuple[int, Any]:
+    """POST ``item`` as JSON, or GET if there is none; returns the status and the decoded answer.
+
+    ValueError (RecursionError if nested too deep) if it is no JSON. Fails if there is no answer, or an error.
+    """
     request = urllib.request.Request(url)
     if item is not None:
         request.data = json.dumps(item, ensure_ascii=False).encode()
         request.add_header("Content-Type", "application/json")
-    with opener.open(request, timeout=TIMEOUT) as response:
-        return response.status, json.loads(response.read().decode())
+    try:
+        with exchange.answer(context, request, fail) as answer:
+            body = answer.read(MAX_ANSWER + 1)   # reserves no more, whatever Content-Length says
+            if len(body) > MAX_ANSWER:
+                fail(f"{url} sent more than 1 MB; is it our server? If so, its list is too long: restart it")
+            if answer.length:   # of which read() with a limit says nothing
+                raise http.client.IncompleteRead(body, answer.length)
+    except (OSError, http.client.HTTPException) as error:
+        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
+            fail(f"the server refused us: {error.args[-1]}; "
+                 "is our certificate signed by the CA that it trusts, for clients, and not expired?")
+        fail(exchange.explain(error, url))
+    if not 200 <= answer.status < 300:
+        fail(f"the server answered HTTP {answer.status}: {reason(answer, body)}")
+    return answer.status, json.loads(body.decode())
+
+
+def reason(answer: http.client.HTTPResponse, body: bytes) -> str:
+    """What an error answer says of itself, and what to do if we know it."""
+    try:
+        text = str(json.loads(body)["error"])
+    except (ValueError, KeyError, TypeError, RecursionError):   # not the JSON of our server
+        text = body[:500].decode(errors="replace") or answer.reason
+    if answer.status == 403:
+        text += "; if it should be, start the server with --allow-cn and all its names"
+    return text
 
 
 def listing(reply: dict[str, Any]) -> str:
@@ -82,49 +112,12 @@ def listing(reply: dict[str, Any]) -> str:
     return f'{{\n  "client": {client},\n  "todos": [\n{items}\n  ]\n}}'
 
 
-def explain(error: BaseException, url: str) -> str:
-    """What went wrong with an exchange, and what to do next, in one line."""
-    if isinstance(error, urllib.error.HTTPError):
-        body = ""
-        try:
-            with error:
-                body = error.read(100_000).decode(errors="replace")
-            body = json.loads(body)["error"]
-        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, RecursionError):
-            body = body or error.reason
-        return f"the server answered HTTP {error.code}: {body}"
-    if isinstance(error, urllib.error.URLError) and isinstance(error.reason, OSError):
-        error = error.reason   # urllib wraps what fails while it sends, but not what fails later
-    if isinstance(error, ssl.SSLCertVerificationError):
-        return (f"the server's certificate is not trusted: {error.verify_message}; is this our server, "
-                "and were both made by the same run of: bash certs/gen_certs.sh")
-    if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
-        return (f"the server refused us: {error.args[-1]}; "
-                "is our certificate signed by the CA that it trusts, for clients, and not expired?")
-    if isinstance(error, TimeoutError):
-        return f"no answer from {url} within {TIMEOUT:.0f} s; is our server there, and does it still run?"
-    if isinstance(error, ConnectionRefusedError):
-        return f"no server at {url}; start it first: python3 server/server.py"
-    return f"no HTTP answer from {url}: {error or type(error).__name__}; is our server there, and does it still run?"
-
-
-def https_url(text: str) -> str:
-    """A URL as argparse's type; ValueError if it is none. Only https: urllib would open file: as well."""
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme != "https" or not parts.hostname or parts.port == 0 or not text.isascii():
-        raise ValueError(text)
-    return text
-
-
 def parse_arguments() -> argparse.Namespace:
     """Flags with curl's names. Exits with 2 on what makes no sense."""
-    port = os.environ.get("MTLS_SERVER_PORT") or "8443"
     parser = argparse.ArgumentParser(description="The lab's mutual TLS client: POST /todo, then GET /todo.")
     parser.add_argument("task", nargs="?", metavar="TASK", default="Añadir endpoint POST",
                         help="the task to create (default %(default)s)")
-    parser.add_argument("--url", type=https_url, default=f"https://127.0.0.1:{port}/todo",
-                        help="where the server is (default https://127.0.0.1:8443/todo, with the port of "
-                             "MTLS_SERVER_PORT if that is set)")
+    exchange.add_url_argument(parser)
     parser.add_argument("--cert", type=Path, default=CERTS / "client.crt", metavar="FILE",
                         help="our certificate (default certs/client.crt)")
     parser.add_argument("--key", type=Path, default=CERTS / "client.key", metavar="FILE",
@@ -134,6 +127,7 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if any("\ud800" <= c <= "\udfff" for c in arguments.task):   # how Python shows bytes that it cannot decode
         parser.error("argument TASK: is no valid text in this terminal's encoding")
+    arguments.url = arguments.url or exchange.default_url(parser)
     return arguments
 
 
@@ -143,40 +137,41 @@ def main() -> None:
         if stream:   # not closed
             stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # where ñ cannot be shown
     arguments = parse_arguments()
+    url = arguments.url
+    for file in (arguments.cert, arguments.key, arguments.cacert):
+        try:
+            file.read_bytes()   # ssl would not say which file it is
+        except OSError as error:
+            fail(exchange.unusable(file, error, ours=file != arguments.cacert))
     try:
         context = tls_context(arguments.cert, arguments.key, arguments.cacert)
     except ssl.SSLError as error:
-        fail(f"these certificate files do not fit together or are damaged: {error.args[-1]}; "
-             "make a new set: bash certs/gen_certs.sh")
-    except OSError as error:
-        fail(f"cannot use {error.filename or 'SSLKEYLOGFILE'} ({error.strerror}); "
-             "if it is a certificate that is missing, make them: bash certs/gen_certs.sh")
-    opener = urllib.request.build_opener(
-        urllib.request.HTTPSHandler(context=context),
-        urllib.request.ProxyHandler({}),   # the lab is local: a proxy from the environment could not reach it
-        NoRedirects,
-    )
-    print(f"[CLIENT] Connecting to {arguments.url}")
+        fail(f"these certificate files are damaged or do not fit together: {error.args[-1]}; give the key that "
+             "belongs to the certificate, or make another pair: bash certs/gen_certs.sh client NAME")
+    secrets = os.environ.get("SSLKEYLOGFILE")
+    if secrets:
+        try:
+            log_secrets(context, secrets)
+        except OSError as error:
+            fail(f"cannot use SSLKEYLOGFILE={secrets} ({error.strerror}); name a new file in a folder of your own")
+
+    print(f"[CLIENT] Connecting to {url}")
     print(f"[CLIENT] Client cert: {arguments.cert.name}")
     print(f"[CLIENT] CA trust: {arguments.cacert.name}")
     try:
         print("[CLIENT] Creating new TODO with POST /todo ...", flush=True)
-        status, reply = exchange(opener, arguments.url, {"task": arguments.task, "done": False})
+        status, reply = ask(context, url, {"task": arguments.task, "done": False})
         print(f"[CLIENT] POST response (HTTP {status}):")
         print(printable(json.dumps(reply, indent=2, ensure_ascii=False)))
 
         print("[CLIENT] Fetching TODO list with GET /todo ...", flush=True)
-        status, reply = exchange(opener, arguments.url)
+        status, reply = ask(context, url)
         shown = listing(reply)
         print(f"[CLIENT] Authenticated as: \"{printable(reply['client'])}\"")
         print(f"[CLIENT] Response (HTTP {status}):")
-        print(printable(shown))
-    except BrokenPipeError:   # of our own output: urllib wraps those of the connection
-        raise
-    except (OSError, http.client.HTTPException) as error:
-        fail(explain(error, arguments.url))
+        print(printable(shown), flush=True)   # here its failure is still ours to handle
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{arguments.url} did not send the JSON that our server sends: {error!r}; is it our server?")
+        fail(f"{url} did not send the JSON that our server sends: {error!r}; is it our server?")
 
 
 if __name__ == "__main__":

@@ -5,21 +5,20 @@ Exit 0: refused with the alert for a missing certificate. Exit 1: the server let
 HTTP. Exit 2: the test could not be made, so nothing is proved.
 """
 
-from __future__ import annotations
-
 import argparse
 import http.client
 import os
 import ssl
 import sys
-import urllib.error
-import urllib.parse
 import urllib.request
 from pathlib import Path
 from typing import Any, NoReturn
 
-CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
-TIMEOUT = 10.0   # seconds of silence from the server
+if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error from whatever is missing first
+    sys.exit(f"client_no_cert.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
+
+import exchange  # needs the newer Python itself
+from exchange import CERTS
 
 REFUSALS = {
     # TLS 1.3 has an alert for exactly this: certificate_required (RFC 8446 section 6.2).
@@ -31,36 +30,8 @@ REFUSALS = {
 """OpenSSL's reason codes; its texts differ from version to version."""
 
 
-def report(text: str) -> None:
-    """One line of the test's report."""
-    print(f"[NEGATIVE TEST] {text}", flush=True)
-
-
-def no_result(problem: str) -> NoReturn:
-    """One line on stderr that says why the test could not be made, and what to do; exit 2."""
-    print(f"[NEGATIVE TEST] ERROR: {' '.join(problem.split())}", file=sys.stderr)
-    sys.exit(2)
-
-
-class Connection(ssl.SSLSocket):
-    """Believes an alert only from a server that has proved who it is.
-
-    Anyone can answer our first bytes with an alert. We send our Finished only after we have
-    verified the server, and only then is there a "tls-unique" value to ask for.
-    """
-
-    def do_handshake(self, *args: Any) -> None:
-        """The handshake; ConnectionError for a refusal that comes too early to count."""
-        try:
-            super().do_handshake(*args)
-        except ssl.SSLError as error:
-            if error.reason in REFUSALS and self.get_channel_binding("tls-unique") is None:
-                raise ConnectionError(f"{error.args[-1]}, before the server proved who it is") from None
-            raise
-
-
 def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
-    """A client's context without a certificate. Raises OSError (ssl.SSLError is one) on a bad ``cacert``."""
+    """A client's context without a certificate. Raises ssl.SSLError on a bad ``cacert``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # The server is verified as always: a refusal by some other server would prove nothing.
     context.load_verify_locations(cafile=cacert)
@@ -72,74 +43,97 @@ def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
     return context
 
 
-class NoRedirects(urllib.request.HTTPRedirectHandler):
-    """A redirect is an HTTP answer, so a failure; where it leads, a refusal would prove nothing."""
-
-    def redirect_request(self, *_: Any, **__: Any) -> None:
-        """Follow none; urllib then raises HTTPError."""
+class LetIn(Exception):
+    """The server had begun to answer us before it refused us."""
 
 
-def judge(error: BaseException, url: str) -> NoReturn:
+class Connection(ssl.SSLSocket):
+    """Believes a refusal only after the server has proved who it is, and only if it comes before any answer.
+
+    The alert is protected in TLS 1.3. In TLS 1.2 it is not: a man in the middle who lets the server
+    prove who it is can then send the alert himself. Whoever must exclude that takes TLS 1.3.
+    """
+
+    answered = False
+
+    def do_handshake(self, *args: Any) -> None:
+        """The handshake; ConnectionError for a refusal that comes too early to count."""
+        try:
+            super().do_handshake(*args)
+        except ssl.SSLError as error:
+            # Anyone can answer our first bytes with an alert. We send our Finished only after we have
+            # verified the server, and only then is there a "tls-unique" value to ask for.
+            if error.reason in REFUSALS and self.get_channel_binding("tls-unique") is None:
+                raise ConnectionError(f"{error.args[-1]}, before the server proved who it is") from None
+            raise
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        """Read; LetIn for a refusal that comes too late."""
+        try:
+            received = super().recv_into(*args, **kwargs)
+        except ssl.SSLError as error:
+            if error.reason in REFUSALS and self.answered:
+                raise LetIn from error
+            raise
+        self.answered = self.answered or received > 0
+        return received
+
+
+def report(text: str) -> None:
+    """One line of the test's report."""
+    print(f"[NEGATIVE TEST] {text}", flush=True)
+
+
+def no_result(problem: str) -> NoReturn:
+    """One line on stderr that says why the test could not be made, and what to do; exit 2."""
+    print(f"[NEGATIVE TEST] ERROR: {exchange.one_line(problem)}", file=sys.stderr)
+    sys.exit(2)
+
+
+def judge(error: Exception, url: str) -> NoReturn:
     """PASS for the alert that means a missing certificate; anything else is no result."""
     if isinstance(error, ssl.SSLError) and error.reason in REFUSALS:
         report("Connection rejected as expected.")
         report(f"Error: {error.args[-1]}")
         report("PASS: Server correctly refused unauthenticated client.")
         sys.exit(0)
-    if isinstance(error, ssl.SSLCertVerificationError):
-        no_result(f"the server's certificate is not trusted: {error.verify_message}; is this our server, "
-                  "and were both made by the same run of: bash certs/gen_certs.sh")
-    if isinstance(error, ConnectionRefusedError):
-        no_result(f"no server at {url}; start it first: python3 server/server.py")
-    if isinstance(error, TimeoutError):
-        no_result(f"no answer from {url} within {TIMEOUT:.0f} s; is our server there, and does it still run?")
-    no_result(f"{url} did not refuse us with the alert for a missing certificate, but: "
-              f"{error or type(error).__name__}; is our server there?")
-
-
-def https_url(text: str) -> str:
-    """A URL as argparse's type; ValueError if it is none. Only https: urllib would open file: as well."""
-    parts = urllib.parse.urlsplit(text)
-    if parts.scheme != "https" or not parts.hostname or parts.port == 0 or not text.isascii():
-        raise ValueError(text)
-    return text
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, ConnectionAbortedError,
+                          BrokenPipeError)):
+        no_result(f"{url} ended the connection without an alert or an answer ({error}); "
+                  "it may have refused us without saying why, so nothing is proved")
+    no_result(f"nothing is proved: {exchange.explain(error, url)}")
 
 
 def main() -> None:
     """Try to GET without a certificate, and judge how that ends."""
-    port = os.environ.get("MTLS_SERVER_PORT") or "8443"
     parser = argparse.ArgumentParser(description="Negative test: connect to the mTLS server without a certificate.")
-    parser.add_argument("--url", type=https_url, default=f"https://127.0.0.1:{port}/todo",
-                        help="where the server is (default https://127.0.0.1:8443/todo, with the port of "
-                             "MTLS_SERVER_PORT if that is set)")
+    exchange.add_url_argument(parser)
     parser.add_argument("--cacert", type=Path, default=CERTS / "ca.crt", metavar="FILE",
                         help="the CA that we trust (default certs/ca.crt)")
     parser.add_argument("--tls-max", choices=["1.2", "1.3"], default="1.3",
                         help="the highest TLS version to offer (default %(default)s)")
     arguments = parser.parse_args()
+    url = arguments.url or exchange.default_url(parser)
     try:
+        arguments.cacert.read_bytes()   # ssl would not say which file it is
         context = tls_context(arguments.cacert, arguments.tls_max)
+    except ssl.SSLError as error:
+        no_result(f"{arguments.cacert} holds no certificate that can be used: {error.args[-1]}; is it the right file?")
     except OSError as error:
-        no_result(f"cannot use {arguments.cacert} ({error.strerror}); "
-                  "if it is missing, make it: bash certs/gen_certs.sh")
-    opener = urllib.request.build_opener(
-        urllib.request.HTTPSHandler(context=context),
-        urllib.request.ProxyHandler({}),   # the lab is local: a proxy's refusal would prove nothing
-        NoRedirects,
-    )
+        no_result(exchange.unusable(arguments.cacert, error, ours=False))
+
     report("Attempting connection WITHOUT client certificate...")
-    report(f"Target: {arguments.url}")
+    report(f"Target: {url}")
     try:
-        with opener.open(arguments.url, timeout=TIMEOUT) as response:
-            status = response.status
-    except urllib.error.HTTPError as error:
-        with error:
-            status = error.code
-    except urllib.error.URLError as error:   # while connecting, where TLS 1.2 refuses
-        judge(error.reason if isinstance(error.reason, OSError) else error, arguments.url)
-    except (OSError, http.client.HTTPException, UnicodeError) as error:   # on the first read, where TLS 1.3 refuses
-        judge(error, arguments.url)
-    report(f"FAIL: Server answered HTTP {status} to a client without a certificate.")
+        with exchange.answer(context, urllib.request.Request(url), no_result) as answer:
+            status = answer.status
+    except LetIn as error:
+        report(f"FAIL: Server began to answer a client without a certificate; only then: {error.__cause__}")
+        sys.exit(1)
+    except (OSError, http.client.HTTPException) as error:   # TLS 1.2 refuses in the handshake, 1.3 at the first read
+        judge(error, url)
+    how = "refused, but in HTTP, after TLS had let us in" if status >= 400 else "let in"
+    report(f"FAIL: Server answered HTTP {status} to a client without a certificate: {how}.")
     sys.exit(1)
 
 

@@ -101,9 +101,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, address: tuple[str, int], handler: Any, context: ssl.SSLContext) -> None:
         self.context = context
         context.sslsocket_class = Guest
-        # With few descriptors (ulimit -n) both shrink. On Windows, select() takes 512 sockets.
-        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 512
-        places = max(limit, 36) - 32 if limit >= 0 else MAX_GUESTS + MAX_STRANGERS   # negative: unlimited
+        # With few descriptors (ulimit -n; negative: unlimited) both shrink. On Windows, select() takes 512 sockets:
+        # the listener, strangers, and all guests when they leave at the same time.
+        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 511 + 32
+        places = max(limit, 36) - 32 if limit >= 0 else MAX_GUESTS + MAX_STRANGERS
         self.max_guests = min(MAX_GUESTS, places // 2)
         self.max_strangers = min(MAX_STRANGERS, places - self.max_guests)
         self.strangers: dict[int, Stranger] = {}   # by descriptor, the oldest first
@@ -138,16 +139,17 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Be the doorman, until `shutdown`."""
-        while self.guests or self.strangers or not self.stopping:
+        while self.strangers or self.guests or not self.stopping:
             try:
                 self.service_actions()
+                if not self.selector.get_map():   # only guests are left, and Windows cannot wait for nothing
+                    time.sleep(poll_interval)
+                    continue
                 for key, _ in self.selector.select(poll_interval):
-                    stranger = self.strangers.get(key.fd)
                     if key.data is None:
                         self.accept()
-                    elif stranger and stranger is key.data:   # else he has gone since select() returned
-                        step = self.shake_hands if stranger.phase is Phase.HANDSHAKE else self.see_off
-                        step(stranger)
+                    elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
+                        self.attend(key.data)
             except Exception:   # a defect of ours; but without a doorman nobody would come in any more
                 self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
                 time.sleep(TICK)   # it may come back at once
@@ -165,16 +167,16 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.make_room(1)
                 return
             newcomer.setblocking(False)
-            # macOS gives no address for a peer that has left already.
+            # (macOS gives no address for a peer that has left already.)
             self.put_at_door(Stranger(newcomer, address or ("unknown", 0), newcomer.fileno()))
-            while len(self.strangers) > self.max_strangers:
-                self.turn_away(list(self.strangers.values())[0])   # a copy: workers bring guests back meanwhile
+            if len(self.strangers) > self.max_strangers:
+                self.turn_away(next(iter(self.strangers.values())))
 
     def put_at_door(self, stranger: Stranger) -> None:
         """Look after what he sends, until his phase's deadline."""
         stranger.deadline = time.monotonic() + DEADLINES[stranger.phase]
         self.selector.register(stranger.number, selectors.EVENT_READ, stranger)
-        self.strangers[stranger.number] = stranger   # last: once he is there, the doorman may turn him away
+        self.strangers[stranger.number] = stranger   # last: from here on the doorman may turn him away
 
     def take_from_door(self, stranger: Stranger) -> None:
         """The opposite."""
@@ -227,8 +229,11 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             return
         self.next_look = now + TICK
         if self.stopping and self.socket.fileno() >= 0:
-            self.selector.unregister(self.socket)
+            with contextlib.suppress(KeyError):   # it is not there while descriptors are short
+                self.selector.unregister(self.socket)
             self.server_close()
+        elif not self.stopping and self.socket.fileno() not in self.selector.get_map():
+            self.selector.register(self.socket, selectors.EVENT_READ)
         for stranger in list(self.strangers.values()):
             if now >= stranger.deadline or (self.stopping and stranger.phase is Phase.HANDSHAKE):
                 self.turn_away(stranger)
@@ -248,24 +253,43 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
             # and a client with Nagle's algorithm holds his first request back for that ACK.
             request.setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
-        request.settimeout(TICK)
-        self.guests.add(request)
-        try:
+        request.settimeout(SLICE)
+        with self.changing:
+            self.guests.add(request)
+        with contextlib.suppress(RuntimeError):   # no thread can be started: he waits for one that is there
             self.workers.submit(self.process_request_thread, request, client_address)
-        except RuntimeError:   # no more threads can be started: he waits for one that is there
-            self.make_room(1)
         self.make_room(len(self.guests) - self.max_guests)
 
     def make_room(self, places: int) -> None:
         """Tell so many guests to go, if there are: the unwelcome at once, then the longest idle, without a request."""
         if places <= 0:
             return
-        unwelcome = [guest for guest in list(self.guests) if not self.is_welcome(guest)]
-        idle = [guest for guest in self.guests.difference(unwelcome) if guest.phase is Phase.IDLE]
-        for guest in [*unwelcome, *sorted(idle, key=lambda one: one.deadline)][:places]:
-            guest.leaving = True
-            if guest in unwelcome:
-                guest.deadline = 0.0
+        with self.changing:
+            unwelcome = [one for one in self.guests if not self.is_welcome(one)]
+            idle = {one for one in self.guests if one.phase is Phase.IDLE}.difference(unwelcome)
+            with contextlib.suppress(OSError, ValueError):   # what select cannot take is not spared
+                idle.difference_update(select.select(idle, [], [], 0)[0])
+            for guest in [*unwelcome, *sorted(idle, key=lambda one: one.deadline)][:places]:
+                if not guest.given_up:
+                    self.give_up(guest)
+
+    def enter(self, guest: Guest, phase: Phase) -> bool:
+        """Begin a guest's phase and its deadline. False if he was told to go just before, or we stop."""
+        with self.changing:
+            wanted = not guest.given_up and not (self.stopping and phase is Phase.IDLE)
+            guest.phase, guest.deadline = phase, time.monotonic() + DEADLINES[phase]
+            guest.given_up = False
+        return wanted
+
+    def give_up(self, guest: Guest) -> None:
+        """End his worker's wait, as if the input had ended: it can still answer. The next time, end all."""
+        only_input = guest.phase in (Phase.IDLE, Phase.REQUEST) and not guest.given_up
+        guest.given_up = True
+        guest.deadline = time.monotonic() + DEADLINES[Phase.CLOSING]
+        if SLICE is None or not only_input:
+            with contextlib.suppress(OSError):
+                # Not SSLSocket's method: that drops the TLS layer under the worker's feet.
+                socket.socket.shutdown(guest, socket.SHUT_RD if only_input else socket.SHUT_RDWR)
 
     def shutdown_request(self, request: Any) -> None:
         """A worker's last words: close_notify, and the end of our direction. Then back to the door.
@@ -278,7 +302,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             with contextlib.suppress(OSError, ValueError):   # as a rule: close_notify is out, the peer's is not here
                 last_words()
         self.put_at_door(Stranger(request, None, request.fileno(), Phase.CLOSING))
-        self.guests.discard(request)
+        with self.changing:
+            self.guests.discard(request)
 
     def running(self) -> bool:
         """Whether a request is being read or answered."""
@@ -287,5 +312,6 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def shutdown(self) -> None:
         """Accept no more, and let running requests finish: return when all have left, or time is up."""
         self.stopping = True
-        self.stopped.wait(STOP_SECONDS)
-
+        for _ in range(int(STOP_SECONDS / TICK)):   # one long wait would be deaf to Ctrl+C on Windows
+            if self.stopped.wait(TICK):
+                break

@@ -223,9 +223,10 @@ class Log:
     """
 
     def __init__(self) -> None:
-        self.entries: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        self.entries: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.counting = threading.Lock()
         self.dropped = 0
+        self.closed = False
         self.writer = threading.Thread(target=self.write_all, daemon=True)
         self.writer.start()
 
@@ -239,11 +240,11 @@ class Log:
 
     def write_all(self) -> None:
         """The thread: write entries, and how many are missing once no more wait, until `close`."""
-        entry: str | None = ""
-        while entry is not None:
-            entry = self.entries.get()
+        while not self.closed or not self.entries.empty():
+            # All that waits in one write: after each, other threads run first, and the log would fall behind.
+            text = self.entries.get() + "".join(self.entries.get() for _ in range(self.entries.qsize()))
             with contextlib.suppress(AttributeError, OSError, ValueError):   # a closed stderr stops no one
-                sys.stderr.write(entry or "")
+                sys.stderr.write(text)
                 if self.dropped and self.entries.empty():
                     with self.counting:
                         number, self.dropped = self.dropped, 0
@@ -252,7 +253,8 @@ class Log:
 
     def close(self) -> None:
         """Write what still waits, if somebody reads it within a second."""
-        self.entries.put(None)
+        self.closed = True
+        self.entries.put("")
         self.writer.join(1.0)
 
 
@@ -321,11 +323,13 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
     try:
         return TodoServer((host, port), context, allowed_cns)
     except (OSError, UnicodeError) as error:
+        problem = in_words(error)
         advice = "choose an address of this machine with --host and a port you may use with --port"
         if getattr(error, "errno", None) == errno.EADDRINUSE:
+            problem = "address already in use"   # Windows has longer words for it
             advice = ("stop the program that uses this port, or take another one in both terminals: "
-                      "export MTLS_SERVER_PORT=8444")
-        sys.exit(f"[SERVER] ERROR: cannot listen on {host}:{port} ({in_words(error)}); {advice}")
+                      "MTLS_SERVER_PORT=8444")
+        sys.exit(f"[SERVER] ERROR: cannot listen on {host}:{port} ({problem}); {advice}")
 
 
 def main() -> None:
@@ -333,24 +337,27 @@ def main() -> None:
     arguments = parse_arguments()
     server = start(arguments.host, arguments.port, arguments.allow_cn)
 
+    signals: list[int] = []
+
     def stop(number: int, _: object) -> None:
-        if server.stopping and number == signal.SIGINT:   # Ctrl+C again
+        if number == signal.SIGINT and number in signals:   # Ctrl+C again
             os._exit(1)
+        signals.append(number)
         server.stopping = True
-        threading.Timer(STOP_SECONDS + 2, os._exit, [0]).start()   # whoever does not read what we print
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
     # The handshakes happen in this thread, the requests in threads of their own: see connections.py.
     threading.Thread(target=server.serve_forever, daemon=True).start()
     port = server.server_address[1]
-    say(f"mTLS server listening on https://{f'[{arguments.host}]' if ':' in arguments.host else arguments.host}:{port}")
+    say(f"mTLS server listening on https://{host}:{port}")
     say("Requiring client cert signed by: ca.crt")
     if arguments.host in ("0.0.0.0", "::"):   # noqa: S104   # all addresses; the certificate is for these
         say(f"On this machine, clients connect to: https://127.0.0.1:{port}")
     say("Press Ctrl+C to stop.")
     while not server.stopping:
         time.sleep(0.1)   # the main thread does nothing else, so a signal is always heard
+    threading.Timer(STOP_SECONDS + 2, os._exit, [0]).start()   # if nobody reads what we print now
     if server.running():
         say(f"Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once.")
     server.shutdown()

@@ -10,6 +10,7 @@ A handler reads one request after the other. Override `answer`, which answers on
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import functools
 import http.server
@@ -64,7 +65,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         """Wait for a request, read and answer it. See http.server."""
         self.requestline, self.command, self.request_version = "", "", "HTTP/1.1"
         self.close_connection = True   # unless the headers are sound and say otherwise
-        if self.connection.leaving:
+        if not self.server.enter(self.connection, Phase.IDLE):
             return
         self.connection.enter(Phase.IDLE)
         # An empty line between requests, which some clients send, begins none (RFC 9112 section 2.2).
@@ -73,7 +74,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
             begin = self.rfile.read(1)
             if begin == b"\r":
                 begin += self.rfile.read(1)
-        if begin in (b"", b"\r"):   # the end
+        if begin in (b"", b"\r") or not self.server.enter(self.connection, Phase.REQUEST):
             return
         self.connection.enter(Phase.REQUEST)
         try:
@@ -127,7 +128,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         """The refusal of a line that breaks the rule, or of what has come of a request that broke off."""
         if line.endswith(b"\n"):
             return Refusal(HTTPStatus.BAD_REQUEST, rule)
-        if self.connection.late():
+        if self.connection.given_up:
             rule = f"request: must be complete within {DEADLINES[Phase.REQUEST]:.0f} s"
             return Refusal(HTTPStatus.REQUEST_TIMEOUT, rule)
         return Refusal(HTTPStatus.BAD_REQUEST, "request: ended before it was complete")
@@ -178,8 +179,8 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
     def respond(self, status: HTTPStatus, content: object, **headers: str) -> None:
         """Send an answer: ``content`` as JSON (bytes: JSON already), which HEAD only measures."""
         body = content if isinstance(content, bytes) else encode(content)
-        self.connection.enter(Phase.RESPONSE)
-        self.close_connection |= self.connection.leaving
+        self.server.enter(self.connection, Phase.RESPONSE)
+        self.close_connection |= self.server.stopping
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
         self.send_header("Content-Length", str(len(body)))
@@ -201,6 +202,12 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
     def date_time_string(self, timestamp: float | None = None) -> str:
         """The Date header, put in words once a second."""
         return date_in_words(int(time.time()), usegmt=True)
+
+    def finish(self) -> None:
+        """Close both files, also when the peer is gone and the last flush fails."""
+        with contextlib.suppress(OSError):
+            super().finish()
+        self.rfile.close()
 
 
 def encode(value: object) -> bytes:
@@ -238,7 +245,8 @@ def for_log(line: bytes) -> str:
 
     Only two spaces stay: more could move what follows to where a line of the log begins.
     """
-    text = line[:MAX_LOGGED + 2].decode("latin-1").rstrip("\r\n").encode("unicode_escape").decode().replace('"', r"\x22")
+    text = line[:MAX_LOGGED + 2].decode("latin-1").rstrip("\r\n")
+    text = text.encode("unicode_escape").decode().replace('"', r"\x22")
     words = text.split(" ")
     if len(words) > 3:
         text = " ".join([words[0], r"\x20".join(words[1:-1]), words[-1]])

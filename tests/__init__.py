@@ -4,12 +4,13 @@ Most of a test's time is waiting, so the test classes run side by side, in threa
 process; the tests of one class run one after the other. What is reported of a test is kept until
 it ends, and then reported at once, so that the output reads as usual.
 
-unittest asks a package or module for its `load_tests`. A test module that is to run side by side
-when it is run alone, too, imports it from here.
+unittest asks a package or a module for its `load_tests`. A test module whose classes are to run
+side by side also when it is run alone says: ``from tests import side_by_side as load_tests``.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 import unittest
@@ -18,23 +19,27 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+if sys.platform == "win32" and sys.argv[0].endswith("unittest"):   # not for tests.mistakes, which runs there
+    print("The tests need a Unix system. On Windows, run them in WSL.", file=sys.stderr, flush=True)
+    os._exit(1)   # unittest would make a failed test of sys.exit()
+
 AT_ONCE = 6
 """Classes that run side by side. More would only wait for the processor."""
 
 
-def load_tests(loader: unittest.TestLoader, tests: unittest.TestSuite, pattern: str | None) -> unittest.TestSuite:
-    """The tests of one module, or those of all modules that the ``pattern`` names; side by side."""
-    if sys.platform == "win32":
-        sys.exit("The tests need a Unix system. On Windows, run them in WSL.")
-    if pattern is not None:
-        tests = loader.discover(str(Path(__file__).parent), pattern)
-    groups: dict[Any, list[unittest.TestCase]] = {}
+def load_tests(loader: unittest.TestLoader, _: unittest.TestSuite, pattern: str) -> unittest.TestSuite:
+    """All tests in this folder, side by side."""
+    return side_by_side(loader, loader.discover(str(Path(__file__).parent), pattern))
+
+
+def side_by_side(_: unittest.TestLoader, tests: unittest.TestSuite, *__: object) -> unittest.TestSuite:
+    """These tests, class beside class."""
+    classes: dict[type, list[unittest.TestCase]] = {}
     for test in each(tests):
-        module = sys.modules[type(test).__module__]
-        groups.setdefault(module if hasattr(module, "setUpModule") else type(test), []).append(test)
+        classes.setdefault(type(test), []).append(test)
     # Those that say that they take long, first: so that nobody waits for them alone at the end.
-    ordered = sorted(groups, key=lambda group: -getattr(group, "seconds", 0))
-    return SideBySide(unittest.TestSuite(groups[group]) for group in ordered)
+    ordered = sorted(classes, key=lambda kind: -getattr(kind, "seconds", 0))
+    return SideBySide(unittest.TestSuite(classes[kind]) for kind in ordered)
 
 
 def each(suite: Iterable[Any]) -> Iterable[unittest.TestCase]:
@@ -53,7 +58,7 @@ class SideBySide(unittest.TestSuite):
         """All of them; see unittest.TestSuite."""
         turn = threading.Lock()
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            running = [pool.submit(suite.run, Record(result, turn), debug) for suite in self]
+            running = [pool.submit(suite, Record(result, turn), debug) for suite in self]
             try:
                 for one in running:
                     one.result()

@@ -9,9 +9,9 @@ import http.client
 import json
 import os
 import pty
+import random
 import re
 import resource
-import select
 import shutil
 import signal
 import socket
@@ -49,18 +49,10 @@ def once(make: Callable[[], A]) -> Callable[[], A]:
 PATIENCE = 30.0
 """Seconds after which a test gives up waiting for something that should happen at once."""
 
-
-def allow_descriptors(wanted: int) -> int:
-    """Let this process have so many descriptors, or as many as the system allows; returns how many it has."""
-    soft, hard = (wanted if limit == resource.RLIM_INFINITY else limit
-                  for limit in resource.getrlimit(resource.RLIMIT_NOFILE))
-    if soft < wanted:
-        soft = min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return soft
-
-
-DESCRIPTORS = allow_descriptors(4000)   # at import, because it changes the whole process
+# The descriptors that this process may have, set at import because it concerns all tests.
+_HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+DESCRIPTORS = 4000 if _HARD == resource.RLIM_INFINITY else min(4000, _HARD)
+resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, _HARD))
 
 # The variables that steer the lab or its tools must not leak in from the developer's shell.
 _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "PREPARED_")
@@ -68,11 +60,8 @@ _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "
 
 def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """The test's own environment without what steers the lab; ``extra`` adds (None removes)."""
-    variables: dict[str, str | None] = {
-        name: value for name, value in os.environ.items() if not name.upper().startswith(_STEERING)
-    }
-    variables.update(extra or {})
-    return {name: value for name, value in variables.items() if value is not None}
+    own = {name: value for name, value in os.environ.items() if not name.upper().startswith(_STEERING)}
+    return {name: value for name, value in {**own, **(extra or {})}.items() if value is not None}
 
 
 @once
@@ -135,6 +124,15 @@ def prepared_path() -> str:
     fake.write_text(_PREPARED_OPENSSL.format(keys=folder, openssl=real))
     fake.chmod(0o755)
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
+
+
+def free_port() -> str:
+    """A port for a program that must be told one. Not one that the system would give to others meanwhile."""
+    while True:
+        port = random.randrange(15_000, 30_000)   # noqa: S311   # below what "any free port" is taken from
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return str(port)
 
 
 # --- The lab -------------------------------------------------------------------------------
@@ -275,7 +273,7 @@ class Lines:
         return self.now()
 
 
-class Server:
+class Server(contextlib.AbstractContextManager["Server"]):
     """A running ``server.py``. Use it as a context manager: it is ended on the way out.
 
     It listens on a free port, unless ``port`` is None: then the environment says which. ``ulimit``
@@ -313,9 +311,6 @@ class Server:
         self.url = f"https://127.0.0.1:{self.port}/todo"
         self.at_rest = self.descriptors()
 
-    def __enter__(self) -> Server:
-        return self
-
     def __exit__(self, *_: object) -> None:
         if self.process.poll() is None:
             self.process.kill()
@@ -328,18 +323,13 @@ class Server:
         self.process.send_signal(with_signal)
         return self.process.wait(PATIENCE)
 
-    def _count(self, what: str) -> int:
-        """How many of something it has now; 0 where there is no /proc."""
-        folder = Path("/proc") / str(self.process.pid) / what
-        return len(list(folder.iterdir())) if folder.exists() else 0
-
     def threads(self) -> int:
-        """How many threads it has; 0 where that cannot be seen."""
-        return self._count("task")
+        """How many threads it has; 0 where there is no /proc."""
+        return len(list(Path("/proc", str(self.process.pid), "task").glob("*")))
 
     def descriptors(self) -> int:
-        """How many descriptors it has; 0 where that cannot be seen."""
-        return self._count("fd")
+        """How many descriptors it has; 0 where there is no /proc."""
+        return len(list(Path("/proc", str(self.process.pid), "fd").glob("*")))
 
     def settles(self, seconds: float = 6.0) -> bool:
         """Whether it is back to the descriptors that it started with, within the given time."""
@@ -399,7 +389,7 @@ class Answer:
         return json.loads(self.body)
 
 
-class Talk:
+class Talk(contextlib.AbstractContextManager["Talk"]):
     """A TLS connection that is read answer by answer, also when several arrive together.
 
     Use it as a context manager: it is closed on the way out.
@@ -408,9 +398,6 @@ class Talk:
     def __init__(self, connection: ssl.SSLSocket) -> None:
         self.connection = connection
         self.file = connection.makefile("rb")
-
-    def __enter__(self) -> Talk:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.file.close()
@@ -430,7 +417,7 @@ class Talk:
         return self.answer(method)
 
 
-class Wire:
+class Wire(contextlib.AbstractContextManager["Wire"]):
     """A TLS client whose bytes the test carries itself, and so can hold back or send one by one.
 
     Use it as a context manager: it is closed on the way out.
@@ -440,9 +427,6 @@ class Wire:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
         self.tls = server.context(certificate).wrap_bio(self._incoming, self._outgoing, server_hostname="127.0.0.1")
         self.plain = server.connect_plain()
-
-    def __enter__(self) -> Wire:
-        return self
 
     def __exit__(self, *_: object) -> None:
         self.plain.close()
@@ -571,6 +555,7 @@ class Terminal:
                                         env=environment(env), stdin=follower, stdout=follower, stderr=follower,
                                         start_new_session=True)
         os.close(follower)
+        os.set_blocking(self._leader, False)   # select() takes no number over 1,023, which we may have
         self.unanswered = list(answers)
         self._shown, self._seen = b"", 0
         self._changed = threading.Condition()
@@ -580,15 +565,19 @@ class Terminal:
     def _collect(self) -> None:
         with contextlib.suppress(OSError):   # Linux: the last holder of the terminal has closed it
             while True:
+                ended = self.process.poll() is not None   # asked first: what it has written before can be read
                 self._answer()
-                if select.select([self._leader], [], [], 0.01)[0]:
+                try:
                     if not (data := os.read(self._leader, 65536)):
                         return
-                    with self._changed:
-                        self._shown += data
-                        self._changed.notify_all()
-                elif self.process.poll() is not None:
-                    return
+                except BlockingIOError:   # nothing is there
+                    if ended:
+                        return
+                    time.sleep(0.01)
+                    continue
+                with self._changed:
+                    self._shown += data
+                    self._changed.notify_all()
 
     def _answer(self) -> None:
         while self.unanswered and (at := self._shown.find(self.unanswered[0][0].encode(), self._seen)) >= 0:

@@ -1,4 +1,4 @@
-"""certs/gen_certs.sh: what it makes and says, and that it loses nothing whatever happens to it."""
+"""certs/gen_certs.sh: what it makes and says, what the certificates are good for, and that nothing is lost."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ import re
 import shlex
 import shutil
 import signal
+import ssl
 import stat
 import subprocess
 import sys
 import tempfile
-import time
 import unittest
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import (
     PATIENCE,
     ROOT,
@@ -35,6 +36,9 @@ from tests.support import (
 SOURCES = ["ca.cnf", "client.cnf", "gen_certs.sh", "server.cnf"]
 MADE = ["ca.crt", "ca.key", "ca.srl", "client.crt", "client.csr", "client.key", "client.pfx",
         "server.crt", "server.csr", "server.key"]
+KINDS = ("crt", "csr", "key", "pfx")
+ZOE = tuple(f"zoe.{kind}" for kind in KINDS)
+PASSWORD = "it's \"from\" $HOME & 100% `env`; \\n ñ"
 
 # The description's commands, and a check of the PFX, each with the step that is announced before it.
 # Of pkcs12 only the beginning: the rest chooses ciphers.
@@ -56,18 +60,32 @@ COMMANDS = [
     ("[6/6]", "verify -x509_strict -purpose sslserver -CAfile certs/ca.crt certs/server.crt"),
     ("certs/server.crt: OK", "verify -x509_strict -purpose sslclient -CAfile certs/ca.crt certs/client.crt"),
 ]
-DECISIVE = len(COMMANDS)
-"""The last call of openssl before the new set is moved into place, with MTLS_PFX_PASSWORD set."""
+DECISIVE = len(COMMANDS)   # the last call of openssl before the new set is moved into place
 
-# What a watched openssl can do at one of its calls (sh).
+# What a watched openssl or a meddling tool can do (sh). The script is its parent.
 FAILS = 'i=0; while [ $i -lt 150 ]; do i=$((i + 1)); echo "out $i"; echo "err $i" >&2; done; exit 1'
 CHATTER = [f"{stream} {number}" for number in range(1, 151) for stream in ("out", "err")]
 CTRL_C = "kill -s INT 0"   # as a terminal does: to the whole process group
-KILL_SCRIPT = 'kill -s KILL "$SCRIPT_PID"'
-HOLD = 'while [ -e "$WATCH/hold" ]; do sleep 0.02; done'
+
+# Signals that the tests' own caller ignores (nohup, &) would be ignored by the script as well. And Python ignores
+# SIGXFSZ, and so does what it becomes: where a limit is set, writing fails as on a full disk.
+START = """import os, resource, signal, sys
+for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+    signal.signal(number, signal.SIG_DFL)
+if sys.argv[1]:
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+os.execvp(sys.argv[2], sys.argv[2:])"""
 
 
 # --- Runs under observation ----------------------------------------------------------------
+
+
+def tool(name: str, path: str, text: str) -> str:
+    """The PATH with a command of our own (sh) in front."""
+    folder = new_folder("tool")
+    (folder / name).write_text(f"#!/bin/sh\n{text}", encoding="utf-8")
+    (folder / name).chmod(0o755)
+    return f"{folder}{os.pathsep}{path}"
 
 
 @once
@@ -78,38 +96,23 @@ def watched_path() -> str:
     call number WATCH_AT (0: each) it first does WATCH_ACTION, which may end it. Then it lets openssl
     work, or, if WATCH_READY is a folder, just takes the file to make from there: that is fast.
     """
-    prepared = prepared_path()
-    real = shutil.which("openssl", path=prepared)
-    assert real
-    folder = new_folder("watched")
-    fake = folder / "openssl"
-    fake.write_text(f"""#!/bin/sh
-read -r count <"$WATCH/count"
-count=$((count + 1))
-echo "$count" >"$WATCH/count"
-last=
+    real = shutil.which("openssl", path=prepared_path())
+    return tool("openssl", prepared_path(), f"""
+last= count=0
 [ ! -e "$WATCH/stdout" ] || while read -r line; do last=$line; done <"$WATCH/stdout"
 printf '%s\\t%s\\n' "$last" "$*" >>"$WATCH/calls"
+while read -r line; do count=$((count + 1)); done <"$WATCH/calls"
 case $WATCH_AT in 0 | "$count") eval "$WATCH_ACTION" ;; esac
-[ -n "$WATCH_READY" ] || exec {shlex.quote(real)} "$@"
-before=
-for argument; do
-  if [ "$before" = -out ]; then
-    ready="$WATCH_READY/${{argument##*/}}"
-    [ -e "$ready" ] || ready="$WATCH_READY/client.${{argument##*.}}"
-    cat "$ready" >"$argument" || exit 1
-  fi
-  before=$argument
-done
-case "$1 $*" in
-  version*) echo "OpenSSL 3.0.0" ;;
-  *-CAcreateserial*) cat "$WATCH_READY/ca.srl" >certs/ca.srl ;;
-  *-enddate*) echo "notAfter=Jan  1 00:00:00 2030 GMT" ;;
-  verify*) echo "$argument: OK" ;;
+[ -n "$WATCH_READY" ] || exec {shlex.quote(str(real))} "$@"
+all=$*
+case $all in *"-out "*)
+  file=${{all#*-out }}; file=${{file%% *}}
+  ready=$WATCH_READY/${{file##*/}}
+  [ -e "$ready" ] || ready=$WATCH_READY/client.${{file##*.}}
+  cat "$ready" >"$file" || exit 1
 esac
-""", encoding="utf-8")
-    fake.chmod(0o755)
-    return f"{folder}{os.pathsep}{prepared}"
+case $all in *-CAcreateserial*) cat "$WATCH_READY/ca.srl" >certs/ca.srl ;; esac
+""")
 
 
 @once
@@ -124,131 +127,74 @@ def ready_set() -> Path:
 def path_without(*names: str) -> str:
     """A PATH with the commands that a script may use, the watched openssl among them, but without these."""
     folder = new_folder("commands")
-    for command in ("awk", "basename", "bash", "cat", "chmod", "cmp", "cp", "cut", "date", "dirname", "env", "flock",
-                    "grep", "head", "id", "ln", "ls", "mkdir", "mktemp", "mv", "openssl", "perl", "readlink", "rm",
-                    "rmdir", "sed", "sh", "sleep", "sort", "tail", "touch", "tr", "uname", "wc"):
+    for command in ("bash", "cat", "chmod", "cp", "dirname", "env", "flock",
+                    "grep", "head", "ls", "mkdir", "mktemp", "mv", "openssl", "perl", "rm", "sed", "sh", "sleep", "tr"):
         found = shutil.which(command, path=watched_path())
         if found and command not in names:
             (folder / command).symlink_to(found)
     return str(folder)
 
 
-def meddling(tool: str, before: str = ":", after: str = ":") -> str:
-    """A PATH whose ``tool`` does something (sh) before or after its work, once $WATCH/armed exists."""
-    folder = new_folder("meddling")
-    real = shutil.which(tool)
-    assert real
-    wrapper = folder / tool
-    wrapper.write_text(f"""#!/bin/sh
-[ ! -e "$WATCH/armed" ] || {{ {before}; }}
-{shlex.quote(real)} "$@"; code=$?
-[ ! -e "$WATCH/armed" ] || {{ {after}; }}
-exit $code
-""", encoding="utf-8")
-    wrapper.chmod(0o755)
-    return f"{folder}{os.pathsep}{watched_path()}"
-
-
-def watch(at: int = 0, action: str = ":", variables: Mapping[str, str] | None = None,
-          fast: bool = False) -> tuple[Path, dict[str, str]]:
-    """A folder for the watched openssl's notes, and the variables for a run; keys are of another set than `lab`'s."""
-    folder = new_folder("watch")
-    (folder / "count").write_text("0\n")
-    return folder, {"PATH": watched_path(), "PREPARED_SET": "second", "MTLS_PFX_PASSWORD": "secret",
-                    "WATCH": str(folder), "WATCH_AT": str(at), "WATCH_ACTION": action,
-                    "WATCH_READY": str(ready_set()) if fast else "", **(variables or {})}
+def meddling(name: str, before: str = ":", after: str = ":") -> dict[str, str]:
+    """The environment's PATH with a ``name`` that does something (sh) before or after its work."""
+    real = shutil.which(name)
+    return {"PATH": tool(name, watched_path(), f'{before}\n{real} "$@"; code=$?\n{after}\nexit $code\n')}
 
 
 class Run:
-    """A run of gen_certs.sh without a terminal, at umask 022, in a process group of its own.
+    """A run of gen_certs.sh to its end, at umask 022; its keys are of another set than the shared lab's.
 
-    ``at``, ``action``, ``fast``: see `watched_path`; ``armed``: see `meddling`; ``hold``: for HOLD;
-    no file can grow beyond ``limit``.
+    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, and the watched openssl's `folder` are known.
+    ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is called; no file can grow beyond
+    ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is all that this showed. More
+    ``options`` are for Popen.
     """
 
     def __init__(self, of: Lab, *arguments: str, at: int = 0, action: str = ":", fast: bool = False,
-                 armed: bool = False, hold: bool = False, limit: int | None = None, stdout: int | None = None,
-                 command: str | None = None, cwd: Path | None = None, env: Mapping[str, str] | None = None) -> None:
-        self.folder, variables = watch(at, action, env, fast)
-        if armed:
-            (self.folder / "armed").touch()
-        if hold:
-            (self.folder / "hold").touch()
-        start = ["sh", "-c", 'umask 022; SCRIPT_PID=$$; export SCRIPT_PID; exec "$@"', "sh"]
-        if limit is not None:   # Python ignores SIGXFSZ, and so does what it becomes: writing fails as on a full disk
-            start += [sys.executable, "-c", "import os, resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, "
-                      f"({limit}, {limit})); os.execvp(sys.argv[1], sys.argv[1:])"]
-        with open(self.folder / "stdout", "wb") as out, open(self.folder / "stderr", "wb") as err:
-            self.process = subprocess.Popen(
-                [*start, "bash", command or str(of.certs / "gen_certs.sh"), *arguments],
-                cwd=cwd or scratch(), env=environment(variables), stdin=subprocess.DEVNULL,
-                stdout=out if stdout is None else stdout, stderr=err, start_new_session=True)
-
-    def wait(self) -> Run:
-        """Until it ends."""
+                 answers: Sequence[tuple[str, str]] | None = None, limit: int | str = "",
+                 command: Sequence[str] = (), env: Mapping[str, str] | None = None, **options: Any) -> None:
+        self.folder = new_folder("watch")
+        variables = {"PATH": watched_path(), "PREPARED_SET": "second", "MTLS_PFX_PASSWORD": "secret",
+                     "WATCH": str(self.folder), "WATCH_AT": str(at), "WATCH_ACTION": action,
+                     "WATCH_READY": str(ready_set()) if fast else "", **(env or {})}
+        start = [sys.executable, "-ISc", START, str(limit),
+                 *(command or ("bash", str(of.certs / "gen_certs.sh"))), *arguments]
+        if answers is not None:
+            self.code, self.stdout = in_terminal(start, answers, env=variables)
+            return
+        with (self.folder / "stdout").open("wb") as out, (self.folder / "stderr").open("wb") as err:
+            process = subprocess.Popen(start, env=environment(variables), umask=0o022, start_new_session=True, **{
+                "cwd": scratch(), "stdin": subprocess.DEVNULL, "stdout": out, "stderr": err, **options})
+        self.group = process.pid
         try:
-            self.process.wait(PATIENCE)
-        finally:
-            self.end()
-        return self
+            self.code = process.wait(PATIENCE)
+        except BaseException:
+            os.killpg(self.group, signal.SIGKILL)
+            raise
+        self.stdout, self.stderr = ((self.folder / name).read_text(encoding="utf-8", errors="replace")
+                                    for name in ("stdout", "stderr"))
 
-    def end(self) -> None:
-        """If it still runs, end it with all that it started."""
-        if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)
-            self.process.wait()
-
-    def reached(self, number: int) -> bool:
-        """Whether it is at this call of openssl."""
-        return len(self.calls) == number
-
-    def release(self) -> None:
-        """Let a held openssl go on."""
-        (self.folder / "hold").unlink(missing_ok=True)
-
-    @property
-    def code(self) -> int:
-        """Its exit code; negative: the signal that ended it."""
-        return self.process.returncode
-
-    @property
-    def stdout(self) -> str:
-        """What it has printed."""
-        return (self.folder / "stdout").read_text(encoding="utf-8", errors="replace")
-
-    @property
-    def stderr(self) -> str:
-        """What it has complained about."""
-        return (self.folder / "stderr").read_text(encoding="utf-8", errors="replace")
-
-    @property
     def calls(self) -> list[tuple[str, str]]:
-        """The calls of openssl: what the script had printed last, and the arguments."""
-        return calls(self.folder)
+        """The calls of openssl: what was printed last until then, and the arguments."""
+        lines = (self.folder / "calls").read_text(encoding="utf-8").splitlines()
+        return [(last, arguments) for last, _, arguments in (line.partition("\t") for line in lines)]
 
 
-def calls(folder: Path) -> list[tuple[str, str]]:
-    """The calls that the watched openssl has noted in this folder."""
-    if not (folder / "calls").exists():
-        return []
-    lines = (folder / "calls").read_text(encoding="utf-8").splitlines()
-    return [(last, arguments) for last, _, arguments in (line.partition("\t") for line in lines)]
-
-
-def eventually(holds: Callable[[], object], what: str) -> None:
-    """Wait until it holds."""
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        if time.monotonic() > deadline:
-            raise AssertionError(f"waited in vain until {what}")
-        time.sleep(0.01)
+@once
+def first_run() -> tuple[Lab, Run, Run]:
+    """A lab with a set, and with alice's certificate made on a terminal, to be read only; the runs, with PASSWORD."""
+    lab()   # has the keys prepared
+    made = Lab("first")
+    env = {"PREPARED_SET": "first", "MTLS_PFX_PASSWORD": PASSWORD}
+    return made, Run(made, env=env), Run(made, "client", "alice", env=env, answers=())
 
 
 def with_set() -> Lab:
-    """A lab of its own with the shared lab's certificates, mallory's too."""
-    made = Lab("réady lab")
+    """A lab of its own, in an odd place, with the shared lab's certificates, mallory's too."""
+    made = Lab("it's \"odd\" $HOME [a-z] * ñ")
     for file in lab().certs.iterdir():
-        shutil.copy2(file, made.certs / file.name)
+        if file.name in MADE or file.stem == "mallory":   # other tests issue more, at any time
+            shutil.copy2(file, made.certs / file.name)
     return made
 
 
@@ -259,497 +205,427 @@ def contents(of: Lab) -> dict[str, tuple[str, bytes]]:
             for path in of.certs.rglob("*")}
 
 
+def agrees(*arguments: str | Path) -> bool:
+    """Whether openssl does this without an error."""
+    return not subprocess.run(["openssl", *map(str, arguments)], env=environment(), stdin=subprocess.DEVNULL,
+                              capture_output=True, check=False).returncode
+
+
 def opens(pfx: Path, password: str) -> bool:
     """Whether the password opens the PFX."""
-    return subprocess.run(["openssl", "pkcs12", "-in", str(pfx), "-noout", "-passin", "env:PASSWORD"],
-                          env=environment({"PASSWORD": password}), stdin=subprocess.DEVNULL, capture_output=True,
-                          check=False).returncode == 0
+    return agrees("pkcs12", "-in", pfx, "-noout", "-passin", f"pass:{password}")
 
 
 def verifies(of: Lab, *names: str) -> bool:
-    """Whether these certificates are the CA's of now, and the keys are theirs."""
-    for name in names:
-        try:
-            of.context(name)
-            openssl("verify", "-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt")
-        except (AssertionError, OSError):
-            return False
-    return True
+    """Whether these certificates are the CA's of now. A key that is not theirs: SSLError."""
+    return all(of.context(name) and agrees("verify", "-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt")
+               for name in names)
 
 
-def setUpModule() -> None:
-    """Signals that the tests' own caller ignores (nohup, &) would be ignored by the script as well."""
-    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
-        if signal.getsignal(number) == signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
-            unittest.addModuleCleanup(signal.signal, number, signal.SIG_IGN)
+def serial(certificate: Path) -> int:
+    """Its serial number."""
+    return int(openssl("x509", "-noout", "-serial", "-in", certificate).partition("=")[2], 16)
 
 
 class GenCertsCase(unittest.TestCase):
     """What the tests below share."""
 
-    def assert_untouched(self, of: Lab, before: dict[str, tuple[str, bytes]]) -> None:
-        """Everything in certs/ is byte for byte what it was, modes included, and nothing new is there."""
+    def assert_changed(self, of: Lab, before: Mapping[str, object], *names: str) -> None:
+        """In certs/, modes included, these files are changed or new, and no others."""
         now = contents(of)
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
-        self.assertEqual(changed, [], "files in certs/ that were added, removed or changed")
+        self.assertEqual(changed, sorted(names), "files in certs/ that were added, removed or changed")
 
-    def assert_replaced(self, of: Lab, before: dict[str, tuple[str, bytes]]) -> None:
+    def assert_replaced(self, of: Lab, before: Mapping[str, object]) -> None:
         """The whole set is new and verifies; all else in certs/ is as it was."""
-        now = contents(of)
-        kept = [name for name in MADE if now.get(name) == before.get(name)]
-        self.assertEqual(kept, [], "files of the former set that are still there")
-        others = {name for name in {*before, *now} if name not in MADE and before.get(name) != now.get(name)}
-        self.assertEqual(others, set(), "files beside the set that were added, removed or changed")
+        self.assert_changed(of, before, *MADE)
         self.assertTrue(verifies(of, "server", "client"), "the new set does not verify")
+
+    def works(self, of: Lab, *arguments: str, **options: Any) -> Run:
+        """A run that succeeds and complains of nothing."""
+        run = Run(of, *arguments, **options)
+        self.assertEqual((run.code, run.stderr), (0, ""))
+        return run
+
+    def changes_nothing(self, of: Lab, *arguments: str, code: int = 1, **options: Any) -> Run:
+        """A run that ends with this code and touches nothing."""
+        before = contents(of)
+        run = Run(of, *arguments, **options)
+        self.assertEqual(run.code, code, run.stdout if "answers" in options else run.stderr)
+        self.assert_changed(of, before)
+        return run
+
+    def assert_refused(self, says: str, of: Lab, *arguments: str, **options: Any) -> Run:
+        """It fails, says these lines (a pattern) and nothing else, and touches nothing."""
+        run = self.changes_nothing(of, *arguments, **options)
+        self.assertEqual(run.stdout, "")
+        self.assertRegex(run.stderr, rf"\A{says}\n\Z")
+        return run
 
 
 # --- What it does --------------------------------------------------------------------------
 
 
-class TheWholeSet(GenCertsCase):
-    """bash certs/gen_certs.sh"""
+class WhatItMakes(GenCertsCase):
+    """bash certs/gen_certs.sh [client NAME]"""
 
-    def test_first_run(self) -> None:
-        """It makes the set, prints the steps, two OK lines, what exists now and what to do next, and no chatter."""
-        fresh = Lab("fresh")
-        run = Run(fresh).wait()
+    def test_output(self) -> None:
+        """It prints the steps, two OK lines, what exists now, until when, and what to do next, and no chatter."""
+        made, run, _ = first_run()
         self.assertEqual((run.code, run.stderr), (0, ""))
-        until = r"valid until [A-Z][a-z]{2} [ \d]\d \d\d:\d\d:\d\d \d{4} GMT"
+        ca, server, client = ("valid until " + openssl("x509", "-noout", "-enddate", "-in", made.certs / f"{name}.crt")
+                              .strip().partition("=")[2] for name in ("ca", "server", "client"))
         self.assertRegex(run.stdout, r"\A" + "\n".join([
             r"\[1/6\] CA key .*", r"\[2/6\] CA certificate", r"\[3/6\] server key and CSR",
             r"\[4/6\] server certificate", r"\[5/6\] client key, CSR and certificate", r"\[6/6\] PFX",
             r"certs/server\.crt: OK", r"certs/client\.crt: OK", r"", r"Now in certs/:",
-            rf"  ca\.crt, ca\.key  .*; {until}", rf"  server\.crt, server\.key  .*localhost.*127\.0\.0\.1; {until}",
-            rf"  client\.crt, client\.key  .*mtls-client; {until}", r"  client\.pfx  .*",
+            rf"  ca\.crt, ca\.key  .*; {ca}", rf"  server\.crt, server\.key  .*localhost.*127\.0\.0\.1; {server}",
+            rf"  client\.crt, client\.key  .*mtls-client; {client}", r"  client\.pfx  .*",
             r"Next: python3 server/server\.py", r""]) + r"\Z")
-        self.assertEqual(sorted(contents(fresh)), sorted(SOURCES + MADE))
-        self.assertTrue(verifies(fresh, "server", "client"))
-        for name in ("ca", "server", "client"):
-            with self.subTest(f"the end of {name}.crt's validity is shown"):
-                end = openssl("x509", "-noout", "-enddate", "-in", fresh.certs / f"{name}.crt")
-                self.assertRegex(run.stdout, rf"(?m)^  {name}\.crt.*; valid until {end.partition('=')[2]}")
 
     def test_commands(self) -> None:
         """It runs the description's commands in their order, and announces each step before its first command."""
-        run = Run(Lab("commands")).wait()
-        for number, ((step, command), (announced, wanted)) in enumerate(zip(run.calls, COMMANDS, strict=False), 1):
+        noted = first_run()[1].calls()
+        self.assertGreaterEqual(len(noted), len(COMMANDS))
+        for number, ((step, command), (announced, wanted)) in enumerate(zip(noted, COMMANDS, strict=False), 1):
             with self.subTest(f"call {number} should be: openssl {wanted}"):
                 self.assertTrue(step.startswith(announced), f"announced was {step!r}, not {announced}")
                 self.assertEqual(command[:len(wanted)] if wanted.startswith("pkcs12") else command, wanted)
-        self.assertGreaterEqual(len(run.calls), len(COMMANDS))
 
     def test_modes(self) -> None:
         """Keys and PFX are 0600, certificates 0644, also with an openssl that leaves it all to the umask."""
-        fresh = Lab("modes")
-        # A file that is there already keeps its mode: this PFX gets the one that the umask leaves.
-        run = Run(fresh, action='case "$1 $2" in "pkcs12 -export") : >certs/client.pfx ;;'
-                                ' "verify -x509_strict") ls -la . certs >"$WATCH/listing" ;; esac').wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
-        for name, (mode, _) in contents(fresh).items():
-            if name in MADE:
-                with self.subTest(f"the mode of certs/{name}"):
-                    private = name.endswith((".key", ".pfx", ".srl"))
-                    self.assertEqual(mode, "-rw-------" if private else "-rw-r--r--")
-        modes = {line.split()[-1]: line[:10] for line in (run.folder / "listing").read_text().splitlines()
-                 if line.startswith(("-", "d"))}
-        for name in [*(name for name in MADE if name.endswith((".key", ".pfx"))), "."]:
-            with self.subTest(f"before anything is moved, {name} is its owner's alone"):
-                self.assertEqual(modes[name][4:], "------")
+        modes = {name: mode for name, (mode, _) in contents(first_run()[0]).items() if name not in SOURCES}
+        self.assertEqual(modes, {name: "-rw-------" if name.endswith((".key", ".pfx", ".srl")) else "-rw-r--r--"
+                                 for name in [*MADE, *(f"alice.{kind}" for kind in KINDS)]})
 
     def test_second_run_replaces_the_set(self) -> None:
         """It says that the CA is new, names the clients that it has not issued, and how to reissue them."""
         ready = with_set()
-        stranger = "stranger"   # a certificate that is not of this lab
-        for kind in ("crt", "key"):
-            shutil.copy2(ready.certs / f"mallory.{kind}", ready.certs / f"{stranger}.{kind}")
+        # A certificate that is not of this lab.
         openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
                 "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")
         before = contents(ready)
-        run = Run(ready).wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
+        run = self.works(ready)
         self.assert_replaced(ready, before)
         self.assertFalse(verifies(ready, "mallory"))
-        lines = run.stdout.splitlines()
-        news = lines[lines.index("Now in certs/:") + 5:]
-        self.assertRegex("\n".join(news), r"\AThe CA is new: .*\n"
-                                          r"certs/mallory\.crt is of a former CA; reissue it: .*\nNext: .*\Z")
-        with self.subTest("the command that it names reissues the certificate"):
-            command = news[1].partition("reissue it: ")[2]
-            self.assertEqual(command, "bash certs/gen_certs.sh client mallory")
-            again = Run(ready, *command.split()[2:], command="certs/gen_certs.sh", cwd=ready.root).wait()
-            self.assertEqual((again.code, again.stderr), (0, ""))
-            self.assertTrue(verifies(ready, "mallory", "client", "server"))
-        with self.subTest("a certificate that is not of this lab is not reissued"):
-            again = Run(ready, "client", stranger).wait()
-            self.assertEqual(again.code, 1)
-            self.assertIn("exists", again.stderr)
-
-
-class Password(GenCertsCase):
-    """Where the PFX's password comes from, and where it never shows up."""
-
-    def assert_secret(self, folder: Path, password: str) -> None:
-        """The password was in no openssl's arguments."""
-        noted = calls(folder)
-        self.assertTrue(any(arguments.startswith("pkcs12") for _, arguments in noted))
-        for _, arguments in noted:
-            self.assertNotIn(password, arguments)
-
-    def typed(self, of: Lab, first: str, second: str, *arguments: str) -> tuple[int, str, Path]:
-        """Run it under a terminal and type these passwords: exit code, what was to be seen, and the calls' folder."""
-        folder, env = watch(variables={"MTLS_PFX_PASSWORD": ""})
-        code, shown = in_terminal(["bash", str(of.certs / "gen_certs.sh"), *arguments],
-                                  [("Enter Export Password:", first), ("Verifying - Enter Export Password:", second)],
-                                  env=env)
-        return code, shown, folder
-
-    def test_asked_for_on_a_terminal(self) -> None:
-        """On a terminal openssl asks for it, twice; MTLS_PFX_PASSWORD being empty is as if it were not there."""
-        ready = with_set()
-        for arguments, pfx in (((), "client.pfx"), (("client", "zoe"), "zoe.pfx")):
-            with self.subTest(f"the password of {pfx}"):
-                code, shown, folder = self.typed(ready, "typed $ecret\n", "typed $ecret\n", *arguments)
-                self.assertEqual(code, 0, shown)
-                self.assertTrue(opens(ready.certs / pfx, "typed $ecret"))
-                self.assertFalse(opens(ready.certs / pfx, ""))
-                self.assertNotIn("typed", shown)
-                self.assertNotIn("shown only now", shown)
-                self.assert_secret(folder, "typed")
-
-    def test_wrong_confirmation(self) -> None:
-        """When the two passwords differ it ends, and nothing has changed."""
-        ready = with_set()
-        before = contents(ready)
-        for arguments in ((), ("client", "zoe")):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with two passwords that differ"):
-                code, shown, _ = self.typed(ready, "typed one\n", "typed two\n", *arguments)
-                self.assertEqual(code, 1, shown)
-                self.assertRegex(shown, r"gen_certs\.sh: failed at \[./.\] .*PFX; .* unchanged\n\Z")
-                self.assert_untouched(ready, before)
-
-    def test_taken_from_the_variable(self) -> None:
-        """MTLS_PFX_PASSWORD is used as it is, with and without a terminal, and not printed."""
-        password = "it's \"from\" $HOME & 100% `env`; \\n ñ"
-        ready = with_set()
-        for name, terminal in (("client", False), ("zoe", True)):
-            with self.subTest(f"the password of {name}.pfx, {'with' if terminal else 'without'} a terminal"):
-                folder, env = watch(variables={"MTLS_PFX_PASSWORD": password})
-                command = ["bash", str(ready.certs / "gen_certs.sh"), *(["client", name] if name != "client" else [])]
-                if terminal:
-                    code, shown = in_terminal(command, env=env)
-                else:
-                    result = subprocess.run(command, env=environment(env), stdin=subprocess.DEVNULL, text=True,
-                                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
-                    code, shown = result.returncode, result.stdout
-                self.assertEqual(code, 0, shown)
-                self.assertTrue(opens(ready.certs / f"{name}.pfx", password))
-                self.assertNotIn("from", shown)
-                self.assertNotIn("Password", shown)
-                self.assert_secret(folder, "from")
-
-    def test_made_up(self) -> None:
-        """Without terminal and variable it makes up a password, a new one each time, and prints it once."""
-        ready = with_set()
-        seen = set()
-        for name in ("client", "zoe"):
-            with self.subTest(f"the password of {name}.pfx"):
-                run = Run(ready, *(() if name == "client" else ("client", name)), env={"MTLS_PFX_PASSWORD": ""}).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                found = re.findall(rf"^Password of certs/{name}\.pfx .*: (\S+)$", run.stdout, re.MULTILINE)
-                self.assertEqual(len(found), 1, run.stdout)
-                password = found[0]
-                self.assertGreaterEqual(len(password), 20)
-                self.assertEqual(run.stdout.count(password), 1)
-                self.assertTrue(opens(ready.certs / f"{name}.pfx", password))
-                self.assertFalse(opens(ready.certs / f"{name}.pfx", ""))
-                self.assert_secret(run.folder, password)
-                seen.add(password)
-        self.assertEqual(len(seen), 2, "the same password twice")
-
-
-class OpensslCommand(GenCertsCase):
-    """Which openssl it works with."""
-
-    def test_missing(self) -> None:
-        """Without openssl it says so in one line, and touches nothing."""
-        ready = with_set()
-        before = contents(ready)
-        for arguments in ((), ("client", "zoe")):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}"):
-                run = Run(ready, *arguments, env={"PATH": path_without("openssl")}).wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, r"\Agen_certs\.sh: .*openssl.*missing.*1\.1\.1.*3\.3.*\n\Z")
-                self.assert_untouched(ready, before)
-
-    def test_versions(self) -> None:
-        """OpenSSL before 1.1.1 and LibreSSL before 3.3 are refused in one line, with nothing touched."""
-        ready = with_set()
-        before = contents(ready)
-        for version in ("OpenSSL 0.9.8zh 14 Jan 2016", "OpenSSL 1.0.2k-fips  26 Jan 2017",
-                        "OpenSSL 1.1.0l  10 Sep 2019", "LibreSSL 2.8.3", "LibreSSL 3.2.0"):
-            with self.subTest(f"{version} is refused"):
-                run = Run(ready, at=1, action=f'echo "{version}"; exit 0').wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, rf"\Agen_certs\.sh: {re.escape(version)} is too old; .*\n\Z")
-                self.assert_untouched(ready, before)
-        for version in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.0.19 27 Jan 2026", "OpenSSL 3.5.0 8 Apr 2025",
-                        "LibreSSL 3.3.6", "LibreSSL 4.0.0"):
-            with self.subTest(f"{version} is accepted"):
-                # This run goes on to the next check, for a file that exists.
-                run = Run(ready, "client", "mallory", at=1, action=f'echo "{version}"; exit 0').wait()
-                self.assertEqual(run.code, 1)
-                self.assertIn("certs/mallory.crt exists", run.stderr)
-
-
-class Places(GenCertsCase):
-    """Where it is called from, and what is around it."""
-
-    def test_any_folder(self) -> None:
-        """All files land beside the script, wherever it is called from and whatever its path looks like."""
-        odd = with_set()
-        new = odd.root.parent / "it's \"odd\" $HOME [a-z] * ñ"
-        odd.root.rename(new)
-        odd.root, odd.certs = new, new / "certs"
-        decoy = new_folder("decoy")
-        (decoy / "certs").mkdir()
-        (scratch() / "link to the lab").unlink(missing_ok=True)
-        (scratch() / "link to the lab").symlink_to(new)
-        for number, (how, command, cwd, env) in enumerate((
-            ("from its own folder", "gen_certs.sh", odd.certs, {}),
-            ("from below", "../certs/gen_certs.sh", odd.root / "server", {}),
-            ("through a link", "link to the lab/certs/gen_certs.sh", scratch(), {}),
-            ("with CDPATH set", "certs/gen_certs.sh", odd.root, {"CDPATH": str(decoy)}),
-            ("by its whole path, without a usable TMPDIR", str(odd.certs / "gen_certs.sh"), scratch(),
-             {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
-        )):
-            with self.subTest(f"called {how}"):
-                before = contents(odd)
-                run = Run(odd, "client", f"c{number}", command=command, cwd=cwd, env=env, fast=True).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                self.assertEqual({*contents(odd)} - {*before}, {f"c{number}.{kind}" for kind in
-                                                              ("crt", "csr", "key", "pfx")})
-                self.assertEqual(list((decoy / "certs").iterdir()), [])
-        with self.subTest("the whole set, with CDPATH and LC_ALL=C"):
-            before = contents(odd)
-            run = Run(odd, command="certs/gen_certs.sh", cwd=odd.root,
-                      env={"CDPATH": str(decoy), "LC_ALL": "C"}).wait()
-            self.assertEqual((run.code, run.stderr), (0, ""))
-            self.assert_replaced(odd, before)
-
-    def test_missing_configuration(self) -> None:
-        """Without one of the .cnf files it says which and how to get it back, and touches nothing."""
-        for name in ("ca.cnf", "server.cnf", "client.cnf"):
-            with self.subTest(f"{name} is missing"):
-                ready = with_set()
-                (ready.certs / name).unlink()
-                before = contents(ready)
-                run = Run(ready).wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, rf"\Agen_certs\.sh: certs/{name} is missing; restore it, .*\n\Z")
-                self.assert_untouched(ready, before)
-
-    def test_configuration_without_a_name(self) -> None:
-        """Without a CN in client.cnf there is no place for NAME: it says so instead of issuing another mtls-client."""
-        ready = with_set()
-        settings = ready.certs / "client.cnf"
-        settings.write_text(settings.read_text().replace("CN =", "commonName ="))
-        before = contents(ready)
-        run = Run(ready, "client", "zoe").wait()
-        self.assertEqual((run.code, run.stdout), (1, ""))
-        self.assertRegex(run.stderr, r"\Agen_certs\.sh: certs/client\.cnf .*CN = .*\n\Z")
-        self.assert_untouched(ready, before)
-
-    def test_folder_in_the_way(self) -> None:
-        """A folder of a file's name (Docker makes one for a mount that is not there) is named, and nothing moved."""
-        for name, arguments in (("client.key", ()), ("zoe.pfx", ("client", "zoe"))):
-            with self.subTest(f"certs/{name} is a folder"):
-                ready = with_set()
-                (ready.certs / name).unlink(missing_ok=True)
-                (ready.certs / name).mkdir()
-                before = contents(ready)
-                run = Run(ready, *arguments, fast=True).wait()
-                self.assertEqual(run.code, 1)
-                self.assertIn(f"gen_certs.sh: certs/{name} ", run.stderr)
-                self.assert_untouched(ready, before)
-
-    def test_folder_that_cannot_be_written(self) -> None:
-        """In a folder, or with a script, that is not ours to write in, it says so and touches nothing."""
-        # Root may write everywhere, so root lets nobody do it, in a folder that nobody can reach.
-        place = Path(tempfile.mkdtemp(prefix="mtls lab tests "))
-        self.addCleanup(shutil.rmtree, place)
-        place.chmod(0o755)
-        ready = with_set()
-        shutil.copytree(ready.certs, place / "certs")
-        certs = ready.certs = place / "certs"
-        before = contents(ready)
-        self.addCleanup(certs.chmod, 0o755)
-        nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-        for what, script, mode in (("the folder", 0o666, 0o555), ("the script", 0o444, 0o777),
-                                   ("either", 0o444, 0o555)):
-            with self.subTest(f"no right to write in {what}"):
-                (certs / "gen_certs.sh").chmod(script)
-                certs.chmod(mode)
-                now = contents(ready)
-                result = subprocess.run(["bash", str(certs / "gen_certs.sh")], cwd="/", env=environment(),
-                                        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False,
-                                        **nobody)
-                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-                self.assertIn(f"gen_certs.sh: cannot write in {certs.resolve()}\n", result.stderr)
-                self.assertEqual(contents(ready), now)
-        self.assertEqual({name: data for name, (_, data) in contents(ready).items()},
-                         {name: data for name, (_, data) in before.items()})
-
-
-class Arguments(GenCertsCase):
-    """--help, and what it does not understand."""
-
-    def test_help(self) -> None:
-        """--help explains both uses, even without openssl."""
-        fresh = Lab("help")
-        before = contents(fresh)
-        for arguments in (("--help",), ("-h",), ("client", "--help"), ("client", "-h")):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}"):
-                run = Run(fresh, *arguments, env={"PATH": path_without("openssl")}).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                for wanted in ("usage: bash certs/gen_certs.sh ", "bash certs/gen_certs.sh client NAME",
-                               "MTLS_PFX_PASSWORD"):
-                    self.assertIn(wanted, run.stdout)
-                self.assert_untouched(fresh, before)
-
-    def test_senseless(self) -> None:
-        """Anything else: exit 2 with the usage on stderr; in no case does it replace the set."""
-        ready = with_set()
-        before = contents(ready)
-        for arguments, wanted in ((("banana",), "banana"), (("--version",), "--version"), (("",), "usage"),
-                                  (("client",), "needs a NAME"), (("client", ""), "needs a NAME"),
-                                  (("client", "a", "b"), "client a b"), (("client", "", "b"), "usage"),
-                                  (("zoe", "client"), "zoe client"), (("--help", "client"), "--help client")):
-            with self.subTest(f"gen_certs.sh {shlex.join(arguments)}"):
-                run = Run(ready, *arguments).wait()
-                self.assertEqual((run.code, run.stdout), (2, ""))
-                self.assertIn(wanted, run.stderr)
-                self.assertIn("bash certs/gen_certs.sh", run.stderr)
-                self.assert_untouched(ready, before)
-
-
-class OneMoreClient(GenCertsCase):
-    """bash certs/gen_certs.sh client NAME"""
+        self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\ncerts/mallory\.crt is of a former CA; "
+                                     r"reissue it: bash certs/gen_certs\.sh client mallory\nNext: .*\n\Z")
+        self.works(ready, "client", "mallory")
+        self.assertTrue(verifies(ready, "mallory", "client", "server"))
+        self.assert_refused("gen_certs.sh: 'stranger' exists; .*", ready, "client", "stranger")
 
     def test_new_client(self) -> None:
         """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
         ready = with_set()
         before = contents(ready)
-        run = Run(ready, "client", "zoe").wait()
-        self.assertEqual((run.code, run.stderr), (0, ""))
+        run = self.works(ready, "client", "zoe")
         self.assertRegex(run.stdout, r"\A\[1/2\] zoe: key, CSR and certificate\n\[2/2\] zoe: PFX\n"
                                      r"certs/zoe\.crt: OK\n\n"
                                      r"Made certs/zoe\.crt, \.key, \.csr and \.pfx, CN zoe, valid until .* GMT\.\n"
-                                     r"Next: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
-        now = contents(ready)
-        self.assertEqual({name: mode for name, (mode, _) in now.items() if name not in before},
-                         {"zoe.key": "-rw-------", "zoe.pfx": "-rw-------", "zoe.crt": "-rw-r--r--",
-                          "zoe.csr": "-rw-r--r--"})
-        self.assertEqual([name for name in before if now[name] != before[name]], ["ca.srl"])
+                                     r"Next: python3 server/server\.py --allow-cn mtls-client zoe\n"
+                                     r"then: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
+        self.assert_changed(ready, before, "ca.srl", *ZOE)
         self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
-        for _, arguments in run.calls:
-            self.assertNotIn("-subj", arguments, "LibreSSL would ignore it and issue a second mtls-client")
-        self.assertEqual([step for step, arguments in run.calls if arguments.startswith(("genrsa", "pkcs12"))],
-                         ["[1/2] zoe: key, CSR and certificate", "[2/2] zoe: PFX"])
+        self.assertNotIn("-subj", str(run.calls()), "LibreSSL would ignore it and issue a second mtls-client")
+        with self.subTest("without ca.srl, serial numbers start anew, from a random one"):
+            (ready.certs / "ca.srl").unlink()
+            self.works(ready, "client", "anew")
+            numbers = [serial(ready.certs / f"{name}.crt") for name in ("anew", "zoe")]
+            self.assertGreaterEqual(numbers[0].bit_length(), 64)
+            self.assertNotEqual(numbers[0], numbers[1] + 1)
 
     def test_good_names(self) -> None:
-        """Letters, digits, '.', '_' and '-' make a NAME, up to 64 of them; serial numbers are counted."""
+        """Letters, digits, '.', '_' and '-' make a NAME, up to 64 of them."""
         ready = with_set()
-        expected = int((ready.certs / "ca.srl").read_text(), 16)
         for name in ("a", "_", "9.b_C-", "ca.old", "x" * 64):
             with self.subTest(f"a client called {name}"):
-                run = Run(ready, "client", name).wait()
-                self.assertEqual((run.code, run.stderr), (0, ""))
-                shown = openssl("x509", "-noout", "-subject", "-serial", "-in", ready.certs / f"{name}.crt")
+                self.works(ready, "client", name)
+                shown = openssl("x509", "-noout", "-subject", "-in", ready.certs / f"{name}.crt")
                 self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
-                expected += 1
-                self.assertEqual(int(shown.rpartition("serial=")[2], 16), expected)
-                self.assertTrue(verifies(ready, name))
-
-    def test_refused_names(self) -> None:
-        """Any other NAME is refused in one line, with nothing touched."""
-        ready = with_set()
-        before = contents(ready)
-        taken = "would overwrite the lab's own files; choose another NAME"
-        made = "made with the whole set: bash certs/gen_certs.sh"
-        unusable = "NAME: letters, digits, '.', '_' and '-', beginning with"
-        for name, reason in {"-x": unusable, ".hidden": unusable, "..": unusable, "../zoe": unusable, "a/b": unusable,
-                             "a b": unusable, "a\nb": unusable, "niño": unusable, "ñ": unusable, "*": unusable,
-                             "$(id)": unusable, "a,CN=b": unusable, "a/CN=b": unusable, "a=b": unusable,
-                             "x" * 65: "at most 64", "ca": taken, "server": taken, "client": made,
-                             "CA": taken, "Server": taken, "CLIENT": made}.items():
-            for locale in ("C", "C.UTF-8") if not name.isascii() else ("C",):
-                with self.subTest(f"a client called {name!r} (LC_ALL={locale})"):
-                    run = Run(ready, "client", name, env={"LC_ALL": locale}).wait()
-                    self.assertEqual((run.code, run.stdout), (1, ""))
-                    self.assertRegex(run.stderr, r"(?s)\Agen_certs\.sh: .*\n\Z")
-                    self.assertEqual(run.stderr.count("\n"), 1 + name.count("\n"))
-                    self.assertIn(reason, run.stderr)
-                    self.assert_untouched(ready, before)
 
     def test_existing_files(self) -> None:
-        """A NAME of which any file exists is refused, with the way out, which works."""
+        """A NAME of which any file exists is refused, with the way out, which works in every shell."""
         ready = with_set()
-        for kind in ("crt", "csr", "key", "pfx"):
-            with self.subTest(f"zoe.{kind} exists"):
-                (ready.certs / f"zoe.{kind}").write_text("precious")
+        for name in ZOE:
+            with self.subTest(f"{name} exists"):
+                (ready.certs / name).write_text("precious")
+                self.assert_refused(f"gen_certs.sh: 'zoe' exists; .*: rm certs/{name}", ready, "client", "zoe")
+                (ready.certs / name).unlink()
+        (ready.certs / "mallory.two.key").write_text("another client's")
+        for shell in filter(shutil.which, ("sh", "bash", "zsh")):
+            with self.subTest(f"a client of the present CA is not reissued, until {shell} removes it as proposed"):
                 before = contents(ready)
-                run = Run(ready, "client", "zoe").wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, rf"\Agen_certs\.sh: certs/zoe\.{kind} exists; .*: rm .*\n\Z")
-                self.assert_untouched(ready, before)
-                (ready.certs / f"zoe.{kind}").unlink()
-        with self.subTest("a client of the present CA is not reissued, until its files are removed as proposed"):
-            before = contents(ready)
-            run = Run(ready, "client", "mallory").wait()
-            self.assertEqual(run.code, 1)
-            self.assert_untouched(ready, before)
-            (ready.certs / "mallory.two.key").write_text("another client's")
-            before = contents(ready)
-            remove = run.stderr.strip().rpartition(": ")[2]
-            self.assertTrue(remove.startswith("rm certs/mallory."), remove)
-            subprocess.run(["bash", "-c", remove], cwd=ready.root, check=True)
-            self.assertEqual({*before} - {*contents(ready)}, {f"mallory.{kind}" for kind in
-                                                             ("crt", "csr", "key", "pfx")})
-            self.assertEqual(Run(ready, "client", "mallory").wait().code, 0)
+                run = self.assert_refused("gen_certs.sh: 'mallory' exists; .*: rm .*", ready, "client", "mallory")
+                subprocess.run([shell, "-c", run.stderr.strip().rpartition(": ")[2]], cwd=ready.root, check=True)
+                self.assertEqual({*before} - {*contents(ready)}, {f"mallory.{kind}" for kind in KINDS})
+                self.works(ready, "client", "mallory")
 
-    def test_no_authority(self) -> None:
-        """Without a CA, or with half of one, it says how to make it, and touches nothing."""
-        for gone in (("ca.crt", "ca.key"), ("ca.crt",), ("ca.key",)):
-            with self.subTest(f"without {' and '.join(gone)}"):
-                ready = with_set()
-                for name in gone:
-                    (ready.certs / name).unlink()
-                before = contents(ready)
-                run = Run(ready, "client", "zoe").wait()
-                self.assertEqual((run.code, run.stdout), (1, ""))
-                self.assertRegex(run.stderr, r"\Agen_certs\.sh: there is no CA yet; .*: bash certs/gen_certs\.sh\n\Z")
-                self.assert_untouched(ready, before)
 
-    def test_authority_that_does_not_fit(self) -> None:
-        """With another CA's key it shows what openssl says, and touches nothing."""
+class Refusals(GenCertsCase):
+    """What it does not take on: one line says what is wrong and what to do, and nothing is touched."""
+
+    def test_help(self) -> None:
+        """--help explains all uses, even without openssl."""
+        fresh = Lab("help")
+        for argument in ("--help", "-h"):
+            self.assertRegex(self.works(fresh, argument, env={"PATH": path_without("openssl")}).stdout,
+                             r"(?s)\Ausage: bash certs/gen_certs\.sh .* client NAME .* --help .* MTLS_PFX_PASSWORD ")
+
+    def test_arguments(self) -> None:
+        """Anything else than the documented forms, or a NAME that is more than a file's and a common name: exit 2."""
         ready = with_set()
-        shutil.copy(ready.certs / "server.key", ready.certs / "ca.key")
+        for says, uses in (
+            (r"usage: bash certs/gen_certs\.sh (?s:.*)\ngen_certs\.sh: cannot use these arguments: {all}",
+             (("banana",), ("--version",), ("",), ("client",), ("client", "a", "b"), ("client", "", "b"),
+              ("zoe", "client"), ("--help", "client"), ("client:foo", ""), ("client:", ""), ("client:foo", "bar"),
+              ("client", "zoe", ""), ("-h:",), ("--help", ""), ("", ""), ("", "zoe"), ("Client", "zoe"), (":",),
+              ("2:client",))),
+            (r"gen_certs\.sh: '{name}' is not a valid NAME: letters, digits, '\.', '_' and '-', the first no .*",
+             [("client", name) for name in ("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño",
+                                            "ñ", "*", "$(id)", "a,CN=b", "a/CN=b", "a=b", "a:b")]),
+            (r"gen_certs\.sh: '{name}' is of the whole set; choose another NAME",
+             [("client", name) for name in ("ca", "server", "client", "CA", "Server", "CLIENT")]),
+            (r"gen_certs\.sh: .* at most 64 .*", [("client", "x" * 65)]),
+        ):
+            for arguments in uses:
+                for locale in ("C",) if arguments[-1].isascii() else ("C", "C.UTF-8"):
+                    with self.subTest(f"gen_certs.sh {shlex.join(arguments)} (LC_ALL={locale})"):
+                        pattern = says.format(all=re.escape(" ".join(arguments)), name=re.escape(arguments[-1]))
+                        self.assert_refused(pattern, ready, *arguments, code=2, env={"LC_ALL": locale})
+
+    def test_tools(self) -> None:
+        """An openssl that is missing, broken or too old, or nothing to take a lock with."""
+        ready = with_set()
+        for says, env in (
+            (r"the openssl command is missing; install OpenSSL 1\.1\.1\+ or LibreSSL 3\.3\+",
+             {"PATH": path_without("openssl")}),
+            ("the openssl command does not run; .*", {"WATCH_ACTION": "exit 1"}),
+            ("neither flock nor perl .*", {"PATH": path_without("flock", "perl")}),
+            *((rf"{re.escape(version)} is too old; .*", {"WATCH_ACTION": f'echo "{version}"; exit'})
+              for version in ("OpenSSL 0.9.8zh 14 Jan 2016", "OpenSSL 1.0.2k-fips  26 Jan 2017",
+                              "OpenSSL 1.1.0l  10 Sep 2019", "LibreSSL 2.8.3", "LibreSSL 3.2.0")),
+        ):
+            for arguments in ((), ("client", "zoe")):
+                with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {says}"):
+                    self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments, env=env)
+        for version in ("OpenSSL 1.1.1w  11 Sep 2023", "OpenSSL 3.0.19 27 Jan 2026", "OpenSSL 3.5.0 8 Apr 2025",
+                        "LibreSSL 3.3.6", "LibreSSL 4.0.0"):
+            with self.subTest(f"{version} is accepted: it goes on to the next check"):
+                self.assert_refused("gen_certs.sh: 'mallory' exists; .*", ready, "client", "mallory", at=1,
+                                    action=f'echo "{version}"; exit')
+
+    def test_files(self) -> None:
+        """A configuration or the CA is missing, or a folder is in the way of a file."""
+        whole, zoe = (), ("client", "zoe")
+        gone = "certs/{} is missing; bring it back, or begin anew with another CA: bash certs/gen_certs.sh"
+        folder = r"certs/{0} is a folder \(Docker .*\); remove it: rmdir certs/{0}"
+        for uses, change, says in (
+            *(((whole, zoe), f"rm {name}", f"certs/{name} is missing; restore it, .* with: git checkout certs/{name}")
+              for name in ("ca.cnf", "server.cnf", "client.cnf")),
+            ((zoe,), "rm ca.crt ca.key", "there is no CA yet; make it first: bash certs/gen_certs.sh"),
+            *(((zoe,), f"rm {name}", gone.format(name)) for name in ("ca.crt", "ca.key")),
+            *(((whole, zoe), f"rm {name}; mkdir {name}", folder.format(name)) for name in ("ca.srl", "ca.key")),
+            ((whole,), "rm client.key; mkdir client.key", folder.format("client.key")),
+            ((zoe,), "mkdir zoe.pfx", folder.format("zoe.pfx")),
+            # There is no place for NAME: no second mtls-client is issued.
+            ((zoe,), "sed 's/CN =/commonName =/' client.cnf >new; mv new client.cnf",
+             r"certs/client\.cnf has no line 'CN = .*"),
+        ):
+            ready = with_set()
+            subprocess.run(["sh", "-c", change], cwd=ready.certs, check=True)
+            for arguments in uses:
+                with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {change}"):
+                    self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments)
+
+    def test_what_belongs_to_others(self) -> None:
+        """What cannot be read, or replaced: it says whose it is."""
+        # Root may do everything, so root lets nobody do it, in a folder that nobody can reach.
+        place = Path(tempfile.mkdtemp(prefix="mtls lab tests ")).resolve()
+        self.addCleanup(shutil.rmtree, place)
+        ready = with_set()
+        certs = ready.certs = shutil.copytree(ready.certs, place / "certs")
+        modes = {place: 0o755, certs: 0o777, **dict.fromkeys(certs.iterdir(), 0o666)}
+        for path, mode in modes.items():
+            path.chmod(mode)
         before = contents(ready)
-        run = Run(ready, "client", "zoe").wait()
-        self.assertEqual(run.code, 1)
-        self.assertRegex(run.stderr, r"(?s)match.*gen_certs\.sh: failed at \[1/2\] zoe: .*unchanged\n\Z")
-        self.assert_untouched(ready, before)
+        nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
+        for arguments, path, mode, says in (
+            ((), certs, 0o555, "write in {}: it is {}'s, dr-x"),
+            ((), certs / "gen_certs.sh", 0o444, "write {}: it is {}'s, -r--"),
+            ((), certs / "ca.cnf", 0, "read {}: it is {}'s, ----"),
+            (("client", "zoe"), certs / "ca.key", 0, "read {}: it is {}'s, ----"),
+            (("client", "zoe"), certs / "ca.srl", 0, "read {}: it is {}'s, ----"),
+        ):
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with mode {mode:03o} of {path.name}"):
+                path.chmod(mode)
+                result = subprocess.run(["bash", str(certs / "gen_certs.sh"), *arguments], cwd="/", env=environment(),
+                                        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **nobody)
+                path.chmod(modes[path])
+                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
+                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {re.escape(says.format(path, path.owner()))}"
+                                                r".*; use chown or chmod\n\Z")
+                self.assert_changed(ready, before)
 
-    def test_lost_serial(self) -> None:
-        """Without ca.srl the count starts anew, from a random number."""
+
+class Surroundings(GenCertsCase):
+    """Where it is called from, by which shell, and what that shell has inherited."""
+
+    def test_any_folder(self) -> None:
+        """All files land beside the script, wherever it is called from and whatever its path looks like."""
+        odd = with_set()
+        link = new_folder("links") / "link to the lab"
+        link.symlink_to(odd.root)
+        for name, script, cwd, env in (
+            ("from-its-own-folder", "gen_certs.sh", odd.certs, {}),
+            ("from-beside", "../certs/gen_certs.sh", odd.root / "server", {}),
+            ("through-a-link", f"{link.name}/certs/gen_certs.sh", link.parent, {}),
+            ("by-its-whole-path-without-TMPDIR", str(odd.certs / "gen_certs.sh"), scratch(),
+             {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
+        ):
+            with self.subTest(f"called {name}"):
+                before = contents(odd)
+                self.works(odd, "client", name, command=("bash", script), cwd=cwd, env=env, fast=True)
+                self.assertEqual({*contents(odd)} - {*before}, {f"{name}.{kind}" for kind in KINDS})
+
+    def test_inherited(self) -> None:
+        """Nothing that bash takes from the environment spoils a run, or lets it print its secret."""
+        decoy = new_folder("decoy")
+        (decoy / "certs").mkdir()
+        (decoy / "settings").write_text("set -f -C; rm() { :; }; alias mv=false; shopt -s expand_aliases nullglob\n")
+        functions = ("cd", "mv", "rm", "cp", "openssl", "printf", "[")
+        for env in ({"SHELLOPTS": "noglob"}, {"SHELLOPTS": "noclobber:keyword"}, {"SHELLOPTS": "xtrace:verbose"},
+                    {"BASHOPTS": "failglob:nullglob:dotglob:nocasematch:nocaseglob"}, {"POSIXLY_CORRECT": "1"},
+                    {"GLOBIGNORE": "*.crt:*.key"}, {"CDPATH": str(decoy)}, {"BASH_ENV": f"{decoy}/settings"},
+                    {"IFS": "c/."}, {f"BASH_FUNC_{name}%%": "() { :; }" for name in functions}):
+            with self.subTest(f"with {env}"):
+                ready = with_set()
+                before = contents(ready)
+                run = Run(ready, command=("bash", "certs/gen_certs.sh"), cwd=ready.root, fast=True, env={
+                    "MTLS_PFX_PASSWORD": "", **env}, action='[ "$1" != rand ] || { echo s3cret >"$4"; exit; }')
+                self.assertEqual(run.code, 0, run.stderr)
+                self.assert_replaced(ready, before)
+                self.assertIn("(shown only now): s3cret\n", run.stdout)
+                self.assertNotIn("s3cret", run.stderr)
+                self.assertEqual(list((decoy / "certs").iterdir()), [])
+
+    def test_other_shells(self) -> None:
+        """Where sh is a bash it works; any other shell is told what is needed."""
         ready = with_set()
-        former = int((ready.certs / "ca.srl").read_text(), 16)
-        (ready.certs / "ca.srl").unlink()
-        self.assertEqual(Run(ready, "client", "zoe").wait().code, 0)
-        number = int(openssl("x509", "-noout", "-serial", "-in", ready.certs / "zoe.crt").partition("=")[2], 16)
-        self.assertGreaterEqual(number.bit_length(), 64)
-        self.assertNotEqual(number, former + 1)
+        script = str(ready.certs / "gen_certs.sh")
+        sh = new_folder("sh") / "sh"
+        sh.symlink_to(shutil.which("bash") or "")
+        self.works(ready, "client", "zoe", command=(str(sh), script), fast=True)
+        for shell in (("dash",), ("zsh",), ("busybox", "sh"), ("ksh",)):
+            if shutil.which(shell[0]):
+                with self.subTest(f"called by {shell[0]}"):
+                    self.assert_refused("gen_certs.sh: needs bash; run it with: bash certs/gen_certs.sh", ready,
+                                        command=(*shell, script))
+
+    @unittest.skipUnless(shutil.which("shellcheck"), "shellcheck is not on this machine")
+    def test_shellcheck(self) -> None:
+        """shellcheck has nothing to say about it."""
+        result = subprocess.run(["shellcheck", ROOT / "certs" / "gen_certs.sh"], capture_output=True, check=False)
+        self.assertEqual((result.returncode, result.stdout), (0, b""))
+
+
+@unittest.skipUnless(shutil.which("git"), "git is not on this machine")
+class Repository(GenCertsCase):
+    """What git makes of the project's folders."""
+
+    def git(self, root: Path, *arguments: str) -> list[str]:
+        """The lines that git prints, undisturbed by the developer's own settings."""
+        return subprocess.run(["git", *arguments], cwd=root, text=True, capture_output=True, check=True,
+                              env=environment({"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1",
+                                               "GIT_DIR": None, "GIT_WORK_TREE": None})).stdout.splitlines()
+
+    def test_nothing_made_gets_in(self) -> None:
+        """`git add` takes nothing that the script makes, nor what a killed run leaves."""
+        made = Lab("repository")
+        shutil.copy(ROOT / ".gitignore", made.root)
+        for arguments in ((), ("client", "zoe")):
+            self.works(made, *arguments, fast=True)
+        self.assertEqual(Run(made, at=DECISIVE, action="kill -s KILL 0", fast=True).code, -signal.SIGKILL)
+        self.assertEqual(len(list(made.certs.glob(".new.*/certs/*.key"))), 3)
+        self.git(made.root, "init", "-q")
+        self.git(made.root, "add", "--all")
+        self.assertEqual(self.git(made.root, "ls-files", "certs"), [f"certs/{name}" for name in SOURCES])
+
+    def test_line_ends(self) -> None:
+        """A checkout of Git for Windows has LF in every folder, as bash, and what runs in WSL, need it."""
+        folder = new_folder("windows")
+        here = (f"--git-dir={folder}/git", f"--work-tree={ROOT}", "-c", "core.autocrlf=true")
+        self.git(ROOT, *here, "init", "-q")
+        self.git(ROOT, *here, "add", "README.md", "certs", "server", "client", "tests")
+        self.git(ROOT, *here, "checkout-index", "--all", f"--prefix={folder}/checkout/")
+        crlf = [file.name for file in (folder / "checkout").rglob("*")
+                if file.is_file() and b"\r\n" in file.read_bytes()]
+        self.assertEqual(crlf, ["README.md"], "of which we promise nothing")
+
+
+class Password(GenCertsCase):
+    """Where the PFX's password comes from, and where it never shows up: openssl's arguments among others."""
+
+    def test_asked_for_on_a_terminal(self) -> None:
+        """openssl asks for it, twice, and again after a slip; MTLS_PFX_PASSWORD being empty is as if it were unset."""
+        prompts = ("Enter Export Password:", "Verifying - Enter Export Password:")
+        differ = ["gen_certs.sh: the two passwords were not the same"]
+        empty = ["gen_certs.sh: the password must not be empty"]
+        end = ["gen_certs.sh: no password after 3 attempts; the certificates that were there are unchanged"]
+        ready = with_set()
+        for name, typed, complaints in (
+            ("client", "typed $ecret,typed $ecret", []), ("a", "typed $ecret,typed $ecret", []),
+            ("b", "typed one,typed two,typed $ecret,typed $ecret", differ),
+            ("d", ",,typed one,typed two,typed $ecret,typed $ecret", empty + differ),
+            ("client", "typed one,typed two,,,typed one,", differ + empty + differ + end),
+            ("e", ",,,,,", empty * 3 + end),
+        ):
+            with self.subTest(f"for {name}.pfx, typed is {typed!r}"):
+                before = contents(ready)
+                run = Run(ready, *(() if name == "client" else ("client", name)), env={"MTLS_PFX_PASSWORD": ""},
+                          answers=[(prompts[at % 2], f"{text}\n") for at, text in enumerate(typed.split(","))])
+                said = [line for line in run.stdout.splitlines() if line.startswith("gen_certs.sh: ")]
+                self.assertNotRegex(run.stdout, "typed|shown only now|Can't read")   # the last: openssl, of a slip
+                self.assertNotIn("typed", str(run.calls()))
+                self.assertEqual((run.code, said), (1 if said[-1:] == end else 0, complaints), run.stdout)
+                if run.code:
+                    self.assert_changed(ready, before)
+                else:
+                    self.assertTrue(opens(ready.certs / f"{name}.pfx", "typed $ecret"))
+
+    def test_taken_from_the_variable(self) -> None:
+        """MTLS_PFX_PASSWORD is used as it is, with and without a terminal, and not printed."""
+        for run in first_run()[1:]:
+            self.assertEqual(run.code, 0, run.stdout)
+            self.assertNotRegex(run.stdout, "from|Password")
+            self.assertNotIn("from", str(run.calls()))
+
+    def test_made_up(self) -> None:
+        """Without terminal and variable it makes up a password, a new one each time, and prints it once."""
+        ready = with_set()
+        seen = set()
+        for name, arguments in (("client", ()), ("zoe", ("client", "zoe"))):
+            run = self.works(ready, *arguments, env={"MTLS_PFX_PASSWORD": ""})
+            password, = re.findall(rf"(?m)^Password of certs/{name}\.pfx .*: (\S{{20,}})$", run.stdout)
+            self.assertEqual(run.stdout.count(password), 1)
+            self.assertTrue(opens(ready.certs / f"{name}.pfx", password))
+            self.assertNotIn(password, str(run.calls()))
+            seen.add(password)
+        self.assertEqual(len(seen), 2, "the same password twice")
+
+    def test_git_bash(self) -> None:
+        """There it is made up, also on a terminal, and has no CR of a Windows openssl; python is called python."""
+        ready = with_set()
+        windows = ('case "$*" in rand*) printf "s3cret\\r\\n" >"$4"; exit ;; '
+                   '*-enddate*) printf "notAfter=then\\r\\n"; exit ;; esac')
+        run = Run(ready, "client", "zoe", action=windows, env={"MTLS_PFX_PASSWORD": "", "OSTYPE": "msys"})
+        self.assertTrue(run.stdout.endswith(
+            "Made certs/zoe.crt, .key, .csr and .pfx, CN zoe, valid until then.\n"
+            "Password of certs/zoe.pfx (shown only now): s3cret\n"
+            "Next: python server/server.py --allow-cn mtls-client zoe\n"
+            "then: python client/client.py --cert certs/zoe.crt --key certs/zoe.key\n"), run.stdout)
+        self.assertTrue(opens(ready.certs / "zoe.pfx", "s3cret"))
+        run = Run(ready, action=windows, answers=(), env={"MTLS_PFX_PASSWORD": "", "OSTYPE": "cygwin"})
+        self.assertEqual((run.code, "(shown only now): s3cret\n" in run.stdout), (0, True), run.stdout)
 
 
 # --- What can happen to it -----------------------------------------------------------------
@@ -758,248 +634,327 @@ class OneMoreClient(GenCertsCase):
 class NothingLost(GenCertsCase):
     """Whatever happens before the new set is complete, the old one stays, and nothing temporary does."""
 
-    def setUp(self) -> None:
-        self.start()
-
-    def start(self) -> None:
-        """With the shared lab's set, as it was."""
-        self.ready = with_set()
-        self.before = contents(self.ready)
+    seconds = 8
 
     def test_openssl_fails(self) -> None:
-        """At whichever call: its output appears, all of it, then the step; and nothing has changed."""
-        for at, (step, command) in enumerate(COMMANDS, 1):
-            with self.subTest(f"call {at} fails: openssl {command}"):
-                run = Run(self.ready, at=at, action=FAILS, fast=True).wait()
-                self.assertEqual(run.code, 1)
+        """At whichever call: its output appears, all of it, then the step."""
+        ready = with_set()
+        self.works(ready)   # from now on mallory's certificate is of a former CA: it can be reissued
+        for arguments, at, announced, command, password in (
+            *(((), at, step if step.startswith("[") else "[6/6]", command, "secret")
+              for at, (step, command) in enumerate(COMMANDS[1:], 2)), ((), 10, "[6/6]", "rand ", ""),
+            *((("client", "mallory"), at, "[1/2]" if at < 7 else "[2/2]", command, "secret") for at, command in
+              enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"), 4)),
+        ):
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}: call {at} fails, openssl {command}"):
+                run = self.changes_nothing(ready, *arguments, at=at, action=FAILS, fast=not arguments,
+                                           env={"MTLS_PFX_PASSWORD": password})
+                self.assertTrue(run.calls()[-1][1].startswith(command))
+                self.assertEqual(run.stderr.splitlines()[:-1], CHATTER)
                 self.assertNotIn("out 1", run.stdout)
-                lines = run.stderr.splitlines()
-                if at == 1:
-                    self.assertRegex(lines[-1], r"^gen_certs\.sh: the openssl command does not run; ")
-                else:
-                    self.assertEqual(lines[:-1], CHATTER)
-                    announced = step if step.startswith("[") else "[6/6]"
-                    self.assertTrue(lines[-1].startswith(f"gen_certs.sh: failed at {announced} "), lines[-1])
-                    self.assertTrue(lines[-1].endswith("unchanged"), lines[-1])
-                self.assert_untouched(self.ready, self.before)
-        with self.subTest("no password can be made up"):
-            run = Run(self.ready, at=10, action=FAILS, fast=True, env={"MTLS_PFX_PASSWORD": ""}).wait()
-            self.assertTrue(run.calls[9][1].startswith("rand "))
-            self.assertEqual((run.code, run.stderr.splitlines()[:-1]), (1, CHATTER))
-            self.assert_untouched(self.ready, self.before)
-
-    def test_openssl_fails_for_another_client(self) -> None:
-        """The same when a client's certificate of a former CA is reissued: its old files stay."""
-        Run(self.ready).wait()
-        before = contents(self.ready)
-        # Before these: the version, and for each of the four files two calls, for whose mallory's certificate is.
-        for at, command in enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"),
-                                     1 + 4 * 2 + 1):
-            with self.subTest(f"call {at} fails: openssl {command}"):
-                run = Run(self.ready, "client", "mallory", at=at, action=FAILS).wait()
-                self.assertEqual(run.calls[at - 1][1].split()[0], command)
-                self.assertEqual((run.code, run.stderr.splitlines()[:-1]), (1, CHATTER))
-                self.assert_untouched(self.ready, before)
-        with self.subTest("and at last it works"):
-            self.assertEqual(Run(self.ready, "client", "mallory").wait().code, 0)
-            self.assertTrue(verifies(self.ready, "mallory"))
+                self.assertRegex(run.stderr, rf"\ngen_certs\.sh: failed at {re.escape(announced)} .*unchanged\n\Z")
 
     def test_interrupts(self) -> None:
-        """Ctrl+C during any call of openssl; kill and a closed terminal at some: nothing has changed."""
-        for at, (_, command) in enumerate(COMMANDS, 1):
-            kinds = [("Ctrl+C", CTRL_C, 130)]
-            if at in (2, 6, 11):
-                kinds += [("kill", "kill -s TERM 0", 143), ("a hangup", "kill -s HUP 0", 129),
-                          ("a kill of the script alone", 'kill -s TERM "$SCRIPT_PID"', 143)]
-            for what, action, code in kinds:
-                with self.subTest(f"{what} during call {at}: openssl {command}"):
-                    run = Run(self.ready, at=at, action=action, fast=True).wait()
-                    self.assertIn(run.code, (code, 128 - code) if at == 1 else (code,))
-                    self.assert_untouched(self.ready, self.before)
+        """Ctrl+C during any call of openssl; kill and a closed terminal at some; Ctrl+C at the work of other tools."""
+        kill, hangup, alone = "kill -s TERM 0", "kill -s HUP 0", "kill -s TERM $PPID"
+        codes = {CTRL_C: 130, kill: 143, hangup: 129, alone: 143}
+        zoe, ready = ("client", "zoe"), with_set()
+        for arguments, at, action in (
+            *(((), at, CTRL_C) for at in range(2, DECISIVE + 1)),
+            *(((), at, action) for at in (2, 6, 11) for action in (kill, hangup, alone)),
+            (zoe, 2, CTRL_C), (zoe, 4, hangup), (zoe, 5, kill), (zoe, 7, CTRL_C),
+        ):
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {action} during call {at}"):
+                self.changes_nothing(ready, *arguments, at=at, action=action, fast=True, code=codes[action])
+        again = f'[ "$(wc -l <"$WATCH/calls")" -lt 6 ] || {CTRL_C}'   # in the end; there is one rm before that, too
+        for name, when, at, action in (("mktemp", "before", 0, CTRL_C), ("mktemp", "after", 0, CTRL_C),
+                                       ("mkdir", "after", 0, CTRL_C), ("cp", "before", 0, CTRL_C),
+                                       ("chmod", "before", 0, CTRL_C), ("chmod", "after", 0, CTRL_C),
+                                       ("rm", "before", 6, again), ("rm", "after", 6, again)):
+            with self.subTest(f"Ctrl+C {when} {name}"):
+                self.changes_nothing(ready, at=at, action=CTRL_C if at else ":", fast=True, code=130,
+                                     env=meddling(name, **{when: action}))
 
-    def test_interrupts_for_another_client(self) -> None:
-        """The same with one more client."""
-        for at, what, action, code in ((2, "Ctrl+C", CTRL_C, 130), (4, "a hangup", "kill -s HUP 0", 129),
-                                       (5, "kill", "kill -s TERM 0", 143), (7, "Ctrl+C", CTRL_C, 130)):
-            with self.subTest(f"{what} during call {at}"):
-                run = Run(self.ready, "client", "zoe", at=at, action=action, fast=True).wait()
-                self.assertEqual(run.code, code)
-                self.assert_untouched(self.ready, self.before)
-
-    def test_interrupts_between(self) -> None:
-        """Ctrl+C at work other than openssl's; from the moment of the move on, the run is finished all the same."""
-        for tool, when, code in (("mktemp", "before", 130), ("mktemp", "after", 130), ("mkdir", "after", 130),
-                                 ("cp", "before", 130), ("chmod", "before", 130), ("chmod", "after", 130),
-                                 ("mv", "before", 0), ("mv", "after", 0)):
-            with self.subTest(f"Ctrl+C {when} {tool}"):
-                run = Run(self.ready, armed=True, fast=True, env={"PATH": meddling(tool, **{when: CTRL_C})}).wait()
-                self.assertEqual(run.code, code, run.stderr)
-                if code:
-                    self.assert_untouched(self.ready, self.before)
-                else:
-                    self.assert_replaced(self.ready, self.before)
-                    self.assertTrue(run.stdout.endswith("Next: python3 server/server.py\n"))
-                    self.start()
-
-    def test_second_interrupt(self) -> None:
-        """Whoever presses Ctrl+C again while it cleans up does not keep it from it."""
-        for when in ("before", "after"):
-            with self.subTest(f"again {when} rm"):
-                run = Run(self.ready, at=6, action=f': >"$WATCH/armed"; {CTRL_C}', fast=True,
-                          env={"PATH": meddling("rm", **{when: CTRL_C})}).wait()
-                self.assertEqual(run.code, 130)
-                self.assert_untouched(self.ready, self.before)
+    def test_from_the_move_on(self) -> None:
+        """Once the certificates are being moved, neither a signal nor a failing openssl can spoil the run."""
+        for what, env, action in (("Ctrl+C before mv", meddling("mv", before=CTRL_C), ":"),
+                                  ("Ctrl+C after mv", meddling("mv", after=CTRL_C), ":"),
+                                  ("Ctrl+C", {}, CTRL_C), ("kill", {}, "kill -s TERM 0"), ("openssl fails", {}, FAILS)):
+            with self.subTest(what):
+                ready = with_set()
+                before = contents(ready)
+                run = Run(ready, at=DECISIVE + 1, action=action, fast=True, env=env)
+                self.assertIn("-enddate", run.calls()[DECISIVE][1])
+                self.assertEqual(run.code, 0, run.stderr)
+                self.assert_replaced(ready, before)
+                self.assertTrue(run.stdout.endswith("Next: python3 server/server.py\n"))
 
     def test_interrupts_on_a_terminal(self) -> None:
         """Ctrl+C at the terminal, while a key is made and when the password is asked for."""
         prompt = "Enter Export Password:"
-        for at, what, text in ((2, "while the CA's key is made", "held"), (9, "while it signs", "held"),
-                               (99, "instead of the password", prompt),
-                               (99, "instead of its confirmation", f"Verifying - {prompt}")):
-            with self.subTest(f"Ctrl+C {what}"):
-                folder, env = watch(at, f"echo held >/dev/tty; {HOLD}", {"MTLS_PFX_PASSWORD": ""})
-                (folder / "hold").touch()
-                first = [(prompt, "typed\n")] if text.startswith("Verifying") else []
+        ready = with_set()
+        for at, shown in ((2, ["held"]), (9, ["held"]), (99, [prompt]), (99, [prompt, f"Verifying - {prompt}"])):
+            with self.subTest(f"Ctrl+C at {shown[-1]!r}, call {at}"):
                 # The newline is for an openssl that was hit just before it began to read: it reads on all the same.
-                code, shown = in_terminal(["bash", str(self.ready.certs / "gen_certs.sh")],
-                                          [*first, (text, "\x03\n")], env=env)
-                self.assertEqual(code, 130, shown)
-                self.assert_untouched(self.ready, self.before)
+                answers = [*((text, "typed\n") for text in shown[:-1]), (shown[-1], "\x03\n")]
+                run = self.changes_nothing(ready, at=at, action="echo held >/dev/tty; read -r line </dev/tty",
+                                           answers=answers, code=130, env={"MTLS_PFX_PASSWORD": ""})
+                self.assertNotIn("same", run.stdout)
 
     def test_killed(self) -> None:
         """kill -9 changes nothing either; what it leaves is for its owner alone, and the next run removes it."""
+        ready = with_set()
         for at, arguments in ((2, ()), (7, ("client", "zoe")), (DECISIVE, ())):
             with self.subTest(f"kill -9 during call {at}, then gen_certs.sh {' '.join(arguments)}"):
-                run = Run(self.ready, at=at, action="kill -s KILL 0", fast=True).wait()
-                self.assertEqual(run.code, -signal.SIGKILL)
-                left = [path for path in self.ready.certs.iterdir() if path.name not in self.before]
-                self.assertEqual(len(left), 1, "this test should leave a folder to be cleaned up")
-                self.assertEqual(stat.filemode(left[0].stat().st_mode), "drwx------")
-                shutil.copytree(left[0], self.ready.certs / ".new.older")   # and one of another run
-                now = contents(self.ready)
-                self.assertEqual({name: now[name] for name in self.before}, self.before)
-                self.assertEqual(Run(self.ready, *arguments, fast=True).wait().code, 0)
-                self.assertEqual([path.name for path in self.ready.certs.iterdir() if path.name.startswith(".")], [])
-                self.before = contents(self.ready)
+                before = contents(ready)
+                self.assertEqual(Run(ready, at=at, action="kill -s KILL 0", fast=True).code, -signal.SIGKILL)
+                left, = (path for path in ready.certs.iterdir() if path.name not in before)
+                for path in (left, *left.rglob("*")):
+                    self.assertEqual(stat.filemode(path.stat().st_mode)[4:], "------", path)
+                shutil.copytree(left, ready.certs / ".new.older")   # and one of another run
+                now = contents(ready)
+                self.assertEqual({name: now[name] for name in before}, before)
+                self.works(ready, *arguments, fast=True)
+                self.assertEqual(list(ready.certs.glob(".*")), [])
 
-    def test_full_disk(self) -> None:
-        """When files cannot grow any further it ends, whether at the first or at the last of them."""
-        for name in ("ca.cnf", "client.cnf", "server.cnf"):   # which nobody reads here
-            (self.ready.certs / name).write_text("#" * 1000, encoding="ascii")
-        self.before = contents(self.ready)
-        for steps, limit in ((0, 700), (1, (ready_set() / "ca.key").stat().st_size - 1),
-                             (6, (ready_set() / "client.pfx").stat().st_size - 1)):
-            with self.subTest(f"no file may grow beyond {limit} bytes, which is too few for step {steps}"):
-                run = Run(self.ready, fast=True, limit=limit, env={"LC_ALL": "C"}).wait()
-                self.assertNotEqual(run.code, 0)
+    def test_killed_in_the_move(self) -> None:
+        """After a kill -9 between two files the next run puts the former ones back before it begins."""
+        for what, moved in (("some of the former files", "*/server.key*old/"), ("all of them", "*/client.pfx*old/"),
+                            ("the new ones, too", "*certs/ca.crt*certs/server.crt*")):
+            with self.subTest(f"killed when it had moved {what}"):
+                ready = with_set()
+                before = contents(ready)
+                env = meddling("mv", after=f'case "$*" in {moved}) kill -s KILL 0 ;; esac')
+                self.assertEqual(Run(ready, fast=True, env=env).code, -signal.SIGKILL)
+                now = contents(ready)
+                self.assertNotEqual({name: now.get(name) for name in before}, before, "not half a move")
+                self.works(ready, "client", "zoe", fast=True)
+                self.assert_changed(ready, before, "ca.srl", *ZOE)
+
+    def test_a_move_that_fails(self) -> None:
+        """A file that cannot be replaced, or put in place, is named, and what was moved already goes back."""
+        refuse = "echo 'mv: x: Operation not permitted' >&2; exit 1"
+        # Only the move into place has many arguments: it does three files, and fails.
+        half = f'[ $# -le 3 ] || {{ for to; do :; done; {shutil.which("mv")} "$2" "$3" "$4" "$to"; {refuse}; }}'
+        for arguments, gone, meddle, what in (
+            ((), (), f'case "$*" in *client.pfx*) {refuse} ;; esac', "replace certs/client.pfx"),
+            ((), (), half, "write in {}"), ((), ("ca.crt", "ca.srl", "client.pfx"), half, "write in {}"),
+            (("client", "zoe"), (), half, "write in {}"),
+        ):
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}: it cannot {what}, and {gone} were not there"):
+                ready = with_set()
+                for name in gone:
+                    (ready.certs / name).unlink()
+                run = self.changes_nothing(ready, *arguments, fast=True, env=meddling("mv", meddle))
+                self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what.format(ready.certs.resolve())}: Operation "
+                                             "not permitted; the certificates that were there are unchanged\n")
+
+    def test_nowhere_to_write(self) -> None:
+        """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""
+        ready, pfx = with_set(), ready_set() / "client.pfx"
+        size = pfx.stat().st_size
+        for name in ("ca.cnf", "client.cnf", "server.cnf"):   # which nobody reads in a fast run
+            (ready.certs / name).write_text("#" * 1000, encoding="ascii")
+        for steps, limit in ((0, 700), (1, (ready_set() / "ca.key").stat().st_size - 1), (6, size - 1)):
+            with self.subTest(f"no file may grow beyond {limit} bytes, too few for step {steps}"):
+                run = self.changes_nothing(ready, limit=limit, env={"LC_ALL": "C"}, fast=True)
                 self.assertIn("too large", run.stderr, "what openssl said")
-                self.assert_untouched(self.ready, self.before)
                 self.assertEqual(run.stdout.count("/6]"), steps)
-
-    def test_half_a_pfx(self) -> None:
-        """A PFX that has been cut short, about which openssl's pkcs12 says nothing, is noticed."""
-        whole = ready_set() / "client.pfx"
-        for size in (0, 100, whole.stat().st_size - 1):
-            with self.subTest(f"the first {size} bytes of a PFX"):
-                cut = f"head -c {size} {shlex.quote(str(whole))} >certs/client.pfx; exit 0"
-                run = Run(self.ready, at=10, action=cut).wait()
-                self.assertTrue(run.calls[9][1].startswith("pkcs12 "))
-                self.assertEqual(run.code, 1)
-                self.assertIn("failed at [6/6] PFX; ", run.stderr)
-                self.assert_untouched(self.ready, self.before)
-
-    def test_nobody_listens(self) -> None:
-        """When its output goes nowhere (as in gen_certs.sh | head -1) it ends."""
-        reader, writer = os.pipe()
-        os.close(reader)
-        try:
-            run = Run(self.ready, fast=True, stdout=writer).wait()
-        finally:
-            os.close(writer)
-        self.assertNotEqual(run.code, 0)
-        self.assert_untouched(self.ready, self.before)
-
-    def test_after_the_move(self) -> None:
-        """Once the new set is in place, neither a failing openssl nor a signal can spoil it."""
-        for what, action in (("openssl fails", FAILS), ("Ctrl+C", CTRL_C), ("kill", "kill -s TERM 0")):
-            with self.subTest(what):
-                run = Run(self.ready, at=DECISIVE + 1, action=action, fast=True).wait()
-                self.assertIn("-enddate", run.calls[DECISIVE][1])
-                self.assertEqual(run.code, 0)
-                self.assert_replaced(self.ready, self.before)
-                self.start()
+        for limit in (0, 100, size - 1):
+            with self.subTest(f"a PFX's first {limit} bytes"):
+                cut = f'case $1 in pkcs12) head -c {limit} {shlex.quote(str(pfx))} >certs/client.pfx; exit ;; esac'
+                self.assertIn("failed at [6/6] PFX; ", self.changes_nothing(with_set(), action=cut).stderr)
+        with self.subTest("nobody reads its output any more, as in gen_certs.sh | head -1"):
+            reader, writer = os.pipe()
+            os.close(reader)
+            self.addCleanup(os.close, writer)
+            self.changes_nothing(ready, fast=True, stdout=writer)
 
 
 class OneAtATime(GenCertsCase):
     """Two runs never mix their files, and a killed one stands in nobody's way."""
 
-    def locks(self) -> dict[str, str]:
-        """How the lock is taken -> a PATH."""
-        paths = {"flock": watched_path(), "perl": path_without("flock")}
-        return {tool: path for tool, path in paths.items() if shutil.which(tool)}
-
-    def test_two_runs(self) -> None:
-        """The second says that another is running, and changes nothing; the first is not disturbed."""
-        self.assertTrue(self.locks(), "neither flock nor perl is there")
-        for tool, path in self.locks().items():
-            with self.subTest(f"with {tool}"):
-                ready = with_set()
-                before = contents(ready)
-                first = Run(ready, at=6, action=HOLD, hold=True, fast=True, env={"PATH": path})
-                self.addCleanup(first.end)
-                eventually(functools.partial(first.reached, 6), "the first run holds")
-                now = contents(ready)
-                for arguments in ((), ("client", "zoe")):
-                    second = Run(ready, *arguments, fast=True, env={"PATH": path}).wait()
-                    self.assertEqual((second.code, second.stdout), (1, ""))
-                    self.assertRegex(second.stderr, r"\Agen_certs\.sh: another run is at work .*\n\Z")
-                    self.assert_untouched(ready, now)
-                first.release()
-                self.assertEqual(first.wait().code, 0, first.stderr)
-                self.assert_replaced(ready, before)
-                self.assertEqual(Run(ready, "client", "zoe", fast=True, env={"PATH": path}).wait().code, 0)
-
-    def test_no_lock(self) -> None:
-        """Where there is nothing to lock with it says so, and touches nothing."""
-        ready = with_set()
-        before = contents(ready)
-        run = Run(ready, env={"PATH": path_without("flock", "perl")}).wait()
-        self.assertEqual((run.code, run.stdout), (1, ""))
-        self.assertRegex(run.stderr, r"\Agen_certs\.sh: neither flock nor perl .*\n\Z")
-        self.assert_untouched(ready, before)
-
-    def test_killed_run_does_not_block(self) -> None:
-        """After a kill -9 the next run starts at once, even while the killed one's openssl lives on."""
-        for tool, at, password in (("flock", 2, "given"), ("flock", 10, "given"), ("flock", 10, ""),
-                                   ("perl", 2, "given")):
-            if not (path := self.locks().get(tool)):
+    def test_lock(self) -> None:
+        """While one runs, others say so and change nothing; a killed one stops none, though its openssl lives on."""
+        for name, path in (("flock", {}), ("perl", {"PATH": path_without("flock")})):
+            if not shutil.which(name):
                 continue
-            with self.subTest(f"with {tool}, killed during call {at}, password {password or 'made up'}"):
+            with self.subTest(f"with {name}, two others while one runs"):
                 ready = with_set()
                 before = contents(ready)
-                killed = Run(ready, at=at, action=f'{KILL_SCRIPT}; {HOLD}; : >"$WATCH/over"; exit 1', hold=True,
-                             fast=True, env={"PATH": path, "MTLS_PFX_PASSWORD": password}).wait()
-                try:
-                    self.assertEqual(killed.code, -signal.SIGKILL)
-                    after = Run(ready, "client", "zoe", fast=True, env={"PATH": path}).wait()
-                    self.assertEqual((after.code, after.stderr), (0, ""))
-                finally:
-                    killed.release()
-                    eventually((killed.folder / "over").exists, "the killed run's openssl has ended")
-                self.assertEqual({name for name, data in contents(ready).items() if data != before.get(name)},
-                                 {"ca.srl", "zoe.crt", "zoe.csr", "zoe.key", "zoe.pfx"})
+                other = f"bash {shlex.quote(str(ready.certs / 'gen_certs.sh'))}"
+                others = f'for way in "" "client zoe"; do {other} $way; echo $?; done >"$WATCH/others" 2>&1'
+                run = self.works(ready, at=6, action=others, fast=True, env=path)
+                self.assertRegex((run.folder / "others").read_text(),
+                                 r"\A(gen_certs\.sh: another run is at work .*\n1\n){2}\Z")
+                self.assert_replaced(ready, before)
+            for at, password in ((2, "given"), (10, "given"), (10, "")):
+                with self.subTest(f"with {name}, killed during call {at}, password {password or 'made up'}"):
+                    ready = with_set()
+                    before = contents(ready)
+                    killed = Run(ready, at=at, action="kill -s KILL $PPID; sleep 60", fast=True,
+                                 env={"MTLS_PFX_PASSWORD": password, **path})
+                    try:
+                        self.assertEqual(killed.code, -signal.SIGKILL)
+                        self.works(ready, "client", "zoe", fast=True, env=path)
+                    finally:
+                        os.killpg(killed.group, signal.SIGKILL)   # fails if openssl does not live on
+                    self.assert_changed(ready, before, "ca.srl", *ZOE)
 
 
-class Style(unittest.TestCase):
-    """The script's text."""
-
-    @unittest.skipUnless(shutil.which("shellcheck"), "shellcheck is not on this machine")
-    def test_shellcheck(self) -> None:
-        """shellcheck has nothing to say about it."""
-        result = subprocess.run(["shellcheck", str(ROOT / "certs" / "gen_certs.sh")], stdout=subprocess.PIPE,
-                                stderr=subprocess.STDOUT, text=True, check=False)
-        self.assertEqual((result.returncode, result.stdout), (0, ""))
+# --- The certificates ----------------------------------------------------------------------
 
 
-if __name__ == "__main__":
-    unittest.main()
+def file(name: str) -> Path:
+    """One of the first run's files."""
+    return first_run()[0].certs / name
+
+
+def extensions(certificate: Path) -> dict[str, tuple[bool, str]]:
+    """Name -> (critical, value), without the "X509v3" of each name. OpenSSL before 3 writes "keyid:" before a key."""
+    block = openssl("x509", "-text", "-noout", "-in", certificate).partition("X509v3 extensions:\n")[2]
+    found = re.findall(r"^ {12}(?:X509v3 )?(\S[^:\n]*): *(critical)? *\n((?: {16}.*\n)+)", block, re.MULTILINE)
+    return {name: (bool(critical), " ".join(value.split()).removeprefix("keyid:")) for name, critical, value in found}
+
+
+def meet(name: str, server: tuple[Path, Path], client: tuple[Path, Path]) -> str:
+    """Why a TLS client that wants to reach this name, and a server, refuse each other; "" if they do not.
+
+    Both, given as certificate (or chain) and key, trust the CA and go by RFC 5280 to the letter. All is in memory.
+    """
+    contexts = [ssl.create_default_context(purpose, cafile=str(file("ca.crt")))
+                for purpose in (ssl.Purpose.SERVER_AUTH, ssl.Purpose.CLIENT_AUTH)]
+    contexts[1].verify_mode = ssl.CERT_REQUIRED
+    for context, (certificate, key) in zip(contexts, (client, server), strict=True):
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        context.load_cert_chain(certificate, key)
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    waiting = [contexts[0].wrap_bio(to_client, to_server, server_hostname=name),
+               contexts[1].wrap_bio(to_server, to_client, server_side=True)]
+    while waiting:
+        end = waiting.pop(0)
+        try:
+            end.do_handshake()
+        except ssl.SSLWantReadError:
+            waiting.append(end)
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message
+    return ""
+
+
+class Certificates(unittest.TestCase):
+    """What is written in them, what they are good for, and what not."""
+
+    def test_extensions(self) -> None:
+        """Exactly the extensions of RFC 5280's profile, critical where it says so."""
+        found = {name: extensions(file(f"{name}.crt")) for name in ("ca", "server", "client", "alice")}
+        key_of = {name: found[name]["Subject Key Identifier"][1] for name in found}
+        leaf = {"Basic Constraints": (True, "CA:FALSE")}
+        client = leaf | {"Key Usage": (True, "Digital Signature"),
+                         "Extended Key Usage": (False, "TLS Web Client Authentication")}
+        for name, expected in {
+            "ca": {"Basic Constraints": (True, "CA:TRUE, pathlen:0"),
+                   "Key Usage": (True, "Certificate Sign, CRL Sign")},
+            "server": leaf | {"Key Usage": (True, "Digital Signature, Key Encipherment"),
+                              "Extended Key Usage": (False, "TLS Web Server Authentication"),
+                              "Subject Alternative Name": (False, "DNS:localhost, IP Address:127.0.0.1")},
+            "client": client,
+            "alice": client,
+        }.items():
+            with self.subTest(f"the extensions of {name}.crt"):
+                self.assertEqual(found[name], expected | {"Subject Key Identifier": (False, key_of[name]),
+                                                          "Authority Key Identifier": (False, key_of["ca"])})
+                self.assertRegex(key_of[name], r"^([0-9A-F]{2}:){19}[0-9A-F]{2}$", "a SHA-1 hash")
+        self.assertEqual(len(set(key_of.values())), 4, "each key has an identifier of its own")
+
+    def test_fields(self) -> None:
+        """One common name in UTF-8, the CA issues all; RSA and SHA-256; days; key, CSR and certificate are a set."""
+        for name, subject, bits, days in (("ca", "mTLS Lab Root CA", 4096, 3650), ("server", "localhost", 2048, 365),
+                                          ("client", "mtls-client", 2048, 365), ("alice", "alice", 2048, 365)):
+            with self.subTest(f"{name}.crt"):
+                certificate = file(f"{name}.crt")
+                shown = openssl("x509", "-text", "-noout", "-in", certificate)
+                for line in (rf"Subject: ?CN ?= ?{subject}", "Issuer: ?CN ?= ?mTLS Lab Root CA", r"Version: 3 \(0x2\)",
+                             rf".*Public-Key: \({bits} bit\)", "Public Key Algorithm: rsaEncryption"):
+                    self.assertRegex(shown, rf"(?m)^ *{line}$")
+                self.assertEqual(set(re.findall(r"Signature Algorithm: (.*)", shown)), {"sha256WithRSAEncryption"})
+                self.assertRegex(openssl("asn1parse", "-in", certificate), rf"UTF8STRING +:{subject}\n")
+                dates = openssl("x509", "-noout", "-dates", "-in", certificate)
+                start, end = (ssl.cert_time_to_seconds(line.partition("=")[2]) for line in dates.splitlines())
+                self.assertEqual(end - start, days * 24 * 3600)
+                self.assertTrue(-2 <= certificate.stat().st_mtime - start <= 60, "it should be valid from now on")
+                keys = {openssl("pkey", "-pubout", "-in", file(f"{name}.key")),
+                        openssl("x509", "-noout", "-pubkey", "-in", certificate)}
+                if name != "ca":
+                    keys.add(openssl("req", "-noout", "-pubkey", "-in", file(f"{name}.csr")))
+                self.assertEqual(len(keys), 1, "certificate, key and CSR do not match")
+
+    def test_serials(self) -> None:
+        """Serial numbers are random in the beginning, 64 bits or more, and counted from there; ca.srl has the last."""
+        ca, server, client, alice = (serial(file(f"{name}.crt")) for name in ("ca", "server", "client", "alice"))
+        for number in (ca, server):
+            # A random number of 159 bits (OpenSSL) is shorter than 64 once in 2**95; LibreSSL's 64 start with 1.
+            self.assertGreaterEqual(number.bit_length(), 64)
+            self.assertLess(number.bit_length(), 160, "RFC 5280 4.1.2.2: 20 octets at most, and positive")
+        last = int(file("ca.srl").read_text(encoding="ascii"), 16)
+        self.assertEqual([client, alice, last], [server + 1, server + 2, server + 2])
+        self.assertNotIn(ca, (server, client, alice))
+
+    def signed(self, request: str, issuer: Path, key: Path, constraints: str) -> Path:
+        """A chain: a certificate for this CSR, signed with the given certificate and key, and that certificate."""
+        folder = new_folder("forged")
+        settings, made = folder / "settings", folder / "chain"
+        settings.write_text(f"[ v3 ]\nbasicConstraints = critical, {constraints}\nsubjectKeyIdentifier = hash\n"
+                            f"authorityKeyIdentifier = keyid:always\n", encoding="ascii")
+        openssl("x509", "-req", "-days", "1", "-in", file(request), "-CA", issuer, "-CAkey", key,
+                "-set_serial", "7", "-out", made, "-extensions", "v3", "-extfile", settings)
+        made.write_text(made.read_text() + issuer.read_text())
+        return made
+
+    def test_leaf_cannot_sign(self) -> None:
+        """What a leaf's key has signed is worth nothing, nor is what a CA below the root has signed."""
+        client = (file("client.crt"), file("client.key"))
+        for name, other in (("server", "client"), ("client", "server"), ("alice", "server")):
+            with self.subTest(f"{name}.key cannot issue certificates"):
+                chain = self.signed(f"{other}.csr", file(f"{name}.crt"), file(f"{name}.key"), "CA:false")
+                self.assertEqual(meet("localhost", (chain, file(f"{other}.key")), client), "invalid CA certificate")
+        with self.subTest("the CA cannot be used to make another CA (pathlen:0)"):
+            lower = self.signed("client.csr", file("ca.crt"), file("ca.key"), "CA:true\nkeyUsage = keyCertSign")
+            chain = self.signed("server.csr", lower, file("client.key"), "CA:false")
+            self.assertEqual(meet("localhost", (chain, file("server.key")), client), "path length constraint exceeded")
+
+    def test_handshakes(self) -> None:
+        """Each certificate does its own job, the server's under its names alone, and none does the other's."""
+        wrong_name, wrong_job = "is not valid for", "certificate purpose"
+        for name, server, client, says in (
+            ("localhost", "server", "client", "^$"), ("127.0.0.1", "server", "client", "^$"),
+            ("localhost", "server", "alice", "^$"),
+            *((other, "server", "client", wrong_name) for other in ("example.org", "127.0.0.2", "sub.localhost",
+                                                                    "mtls-client")),
+            ("localhost", "client", "client", wrong_job), ("localhost", "alice", "client", wrong_job),
+            ("localhost", "server", "server", wrong_job),
+        ):
+            with self.subTest(f"a client with {client}.crt, and a server at {name} with {server}.crt"):
+                pairs = ((file(f"{each}.crt"), file(f"{each}.key")) for each in (server, client))
+                self.assertRegex(meet(name, *pairs), says)
+
+    def test_pfx(self) -> None:
+        """It opens with its password alone and holds the client's certificate, its key, and the CA, under a name."""
+        for name in ("client", "alice"):
+            with self.subTest(f"{name}.pfx"):
+                pfx, bundle = file(f"{name}.pfx"), new_folder("pfx") / "bundle.pem"
+                bundle.write_text(openssl("pkcs12", "-in", pfx, "-passin", f"pass:{PASSWORD}", "-nodes"))
+                found = re.findall(r"(?s)-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----\n", bundle.read_text())
+                self.assertEqual(found, [file(f"{each}.crt").read_text() for each in (name, "ca")])
+                self.assertEqual(len(re.findall("BEGIN [A-Z ]*PRIVATE KEY", bundle.read_text())), 1)
+                ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(bundle)   # fails if its key is another's
+                self.assertIn(f"friendlyName: mTLS Lab {name}\n", bundle.read_text())
+                for password in ("", "wrong", PASSWORD + " ", PASSWORD[:-1]):
+                    self.assertFalse(opens(pfx, password), f"{password!r} opens it")
+            with self.subTest(f"{name}.pfx: 3DES and a SHA-1 MAC, which everything imports; every part is encrypted"):
+                shown = openssl("pkcs12", "-in", pfx, "-passin", f"pass:{PASSWORD}", "-info", "-noout")
+                self.assertEqual(re.findall(r"(?:PKCS7 Encrypted data|Shrouded Keybag): ([^,]*),", shown),
+                                 ["pbeWithSHA1And3-KeyTripleDES-CBC"] * 2, shown)
+                structure = openssl("asn1parse", "-inform", "DER", "-in", pfx)
+                self.assertEqual(re.findall(r"OBJECT +:(.*)", structure), ["pkcs7-data", "sha1"],
+                                 "the digest of the MAC should be SHA-1")

@@ -10,9 +10,20 @@ import subprocess
 import sys
 import unittest
 
-from tests import load_tests, mistakes  # noqa: F401
+from tests import mistakes
+from tests import side_by_side as load_tests  # noqa: F401
 from tests.mistakes import Bench, Outcome, meet
-from tests.support import PATIENCE, ROOT, Answer, Lab, Server, environment, new_folder, openssl, request
+from tests.support import (
+    PATIENCE,
+    ROOT,
+    Answer,
+    Lab,
+    Server,
+    environment,
+    new_folder,
+    openssl,
+    request,
+)
 
 HELLO = ("hello, mtls-client", "mtls-client's request")
 NO_ADDRESS = ("IP address mismatch, certificate is not valid for '127.0.0.1'", "alert bad certificate")

@@ -11,16 +11,18 @@ of them. Who has proved with a certificate who he is becomes a *guest*: a worker
 own, reads and answers his requests in the plain blocking way. The doorman sees off all who go:
 what they were told last must reach them before the connection ends.
 
-Every wait has a deadline. The doorman looks at those of strangers four times a second. Workers wait in
-slices of that length and look in between, because Windows lets nobody else end a thread's wait.
+Every wait has a deadline. The doorman looks at them four times a second. To end a worker's wait,
+he shuts the socket down under it. Windows does not wake for that, so there waits come in slices.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
+import errno
 import math
 import os
+import select
 import selectors
 import socket
 import socketserver
@@ -36,7 +38,8 @@ MAX_GUESTS = 256            # served at the same time
 MAX_STRANGERS = 512         # at the door: in their handshake, or being seen off
 MAX_DRAIN = 16 * 1024 ** 2  # bytes that one who is seen off may still send
 STOP_SECONDS = 5.0          # that running requests have to finish when the server is told to stop
-TICK = 0.25                 # seconds between two looks at the deadlines: a slice of a worker's wait
+TICK = 0.25                 # seconds between two looks at the deadlines
+SLICE = TICK if sys.platform == "win32" else None   # seconds of a worker's single wait, where nobody can wake him
 
 Phase = enum.Enum("Phase", "HANDSHAKE IDLE REQUEST RESPONSE REFUSED CLOSING")
 DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.IDLE: 15.0, Phase.REQUEST: 10.0, Phase.RESPONSE: 10.0,
@@ -49,32 +52,25 @@ class Guest(ssl.SSLSocket):
 
     phase = Phase.HANDSHAKE
     deadline = math.inf   # on the clock of time.monotonic(); none while he waits for a worker
-    leaving = False       # told to go after what he is doing
-
-    def enter(self, phase: Phase) -> None:
-        """Begin a phase and its deadline."""
-        self.phase, self.deadline = phase, time.monotonic() + DEADLINES[phase]
-
-    def late(self) -> bool:
-        """Whether his time is over."""
-        return time.monotonic() >= self.deadline
+    given_up = False      # told to go
 
     def recv_into(self, *arguments: Any) -> int:
-        """As ever, but 0, as at the input's end, when his time is over, or if he is idle and told to go."""
-        while not self.late():
+        """As ever. After a slice: once more, or 0 if he was told to go, as at the input's end."""
+        while True:
             try:
                 return super().recv_into(*arguments)
-            except TimeoutError:   # of a slice
-                if self.leaving and self.phase is Phase.IDLE:
-                    break
-        return 0
+            except TimeoutError:
+                if self.given_up:
+                    return 0
 
     def send(self, *arguments: Any) -> int:
-        """As ever, but only until his time is over."""
-        while not self.late():
-            with contextlib.suppress(TimeoutError):   # of a slice
+        """As ever. After a slice: once more, unless he was told to go."""
+        while True:
+            try:
                 return super().send(*arguments)
-        raise TimeoutError
+            except TimeoutError:
+                if self.given_up:
+                    raise
 
 
 @dataclass
@@ -109,15 +105,16 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.max_strangers = min(MAX_STRANGERS, places - self.max_guests)
         self.strangers: dict[int, Stranger] = {}   # by descriptor, the oldest first
         self.guests: set[Guest] = set()
+        self.changing = threading.Lock()           # guards the guests and their phases
         self.workers = ThreadPoolExecutor(self.max_guests)
+        self.selector = selectors.DefaultSelector()
         self.next_look = 0.0
         self.stopping = False
         self.stopped = threading.Event()
-        # The smallest, because "localhost" may stand for both: AF_INET is less than AF_INET6 everywhere.
-        self.address_family, *_, where = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        addresses = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
+        # IPv4 first, because "localhost" may stand for both.
+        self.address_family, *_, where = min(addresses, key=lambda one: one[0] != socket.AF_INET)
         super().__init__(where, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
-        self.selector = selectors.DefaultSelector()
-        self.selector.register(self.socket, selectors.EVENT_READ)
 
     def server_bind(self) -> None:
         """Set the listener's options, and bind."""
@@ -160,11 +157,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         for _ in range(64):
             try:
                 newcomer, address = self.get_request()
-            except (BlockingIOError, ConnectionError):   # no more are there, or this one has left
-                return
-            except OSError:   # no descriptor is free
-                time.sleep(0.01)   # else this would be a busy loop
-                self.make_room(1)
+            except OSError as error:   # as a rule: no more are there
+                if error.errno in (errno.EMFILE, errno.ENFILE):
+                    self.selector.unregister(self.socket)   # until the next look; else a busy loop
+                    self.make_room(1)
                 return
             newcomer.setblocking(False)
             # (macOS gives no address for a peer that has left already.)
@@ -191,9 +187,12 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.take_from_door(stranger)
         self.close_request(stranger.socket)
 
-    def see_off(self, stranger: Stranger) -> None:
-        """Drop what he still sends, until he leaves."""
-        try:   # not SSLSocket.recv, which would go on with the handshake
+    def attend(self, stranger: Any) -> None:
+        """Something has come from a `Stranger`."""
+        if stranger.phase is Phase.HANDSHAKE:
+            self.shake_hands(stranger)
+            return
+        try:   # Not SSLSocket.recv, which would go on with the handshake: this is only to be dropped.
             dropped = len(socket.socket.recv(stranger.socket, 64 * 1024))
         except OSError:
             dropped = 0
@@ -211,19 +210,19 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
             events = selectors.EVENT_READ if isinstance(wanted, ssl.SSLWantReadError) else selectors.EVENT_WRITE
             self.selector.modify(stranger.number, events, stranger)
-        except Exception as error:
-            self.take_from_door(stranger)
+            return
+        except (OSError, ValueError) as error:
             self.refused(stranger.address, error)
-            if stranger.socket.fileno() >= 0:   # else he has reset it before TLS began
-                # Our end is not said yet: it could overtake the alert in some clients (Chromium).
-                stranger.phase = Phase.REFUSED
-                self.put_at_door(stranger)
-        else:
-            self.take_from_door(stranger)
+            stranger.phase = Phase.REFUSED
+        self.take_from_door(stranger)
+        if stranger.phase is Phase.HANDSHAKE:
             self.process_request(stranger.socket, stranger.address)
+        elif stranger.socket.fileno() >= 0:   # else the peer has reset it before TLS began
+            # Our end is not said yet: it could overtake the alert in some clients (Chromium).
+            self.put_at_door(stranger)
 
     def service_actions(self) -> None:
-        """If it is time: look at the deadlines at the door, and who has to leave the house."""
+        """Look at all deadlines, if it is time."""
         now = time.monotonic()
         if now < self.next_look:
             return
@@ -237,8 +236,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         for stranger in list(self.strangers.values()):
             if now >= stranger.deadline or (self.stopping and stranger.phase is Phase.HANDSHAKE):
                 self.turn_away(stranger)
-        for guest in list(self.guests):
-            guest.leaving |= self.stopping
+        with self.changing:
+            for guest in self.guests:
+                if now >= guest.deadline or (self.stopping and guest.phase is Phase.IDLE):
+                    self.give_up(guest)
         self.make_room(len(self.guests) - self.max_guests)
 
     # Guests
@@ -261,7 +262,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.make_room(len(self.guests) - self.max_guests)
 
     def make_room(self, places: int) -> None:
-        """Tell so many guests to go, if there are: the unwelcome at once, then the longest idle, without a request."""
+        """Tell so many guests to go, if there are: the unwelcome, then the longest idle with no request on its way."""
         if places <= 0:
             return
         with self.changing:

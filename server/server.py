@@ -349,6 +349,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, stop)
     # The handshakes happen in this thread, the requests in threads of their own: see connections.py.
     threading.Thread(target=server.serve_forever, daemon=True).start()
+    host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     port = server.server_address[1]
     say(f"mTLS server listening on https://{host}:{port}")
     say("Requiring client cert signed by: ca.crt")

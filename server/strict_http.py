@@ -22,7 +22,7 @@ from http import HTTPStatus
 from io import BufferedReader
 from typing import NoReturn
 
-from connections import DEADLINES, Guest, Phase
+from connections import DEADLINES, DoormanServer, Guest, Phase
 
 MAX_LINE = 64 * 1024   # bytes of the request line, and of one header line
 MAX_HEADERS = 100      # lines
@@ -52,6 +52,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     wbufsize = -1                   # buffer, so that head and body leave in one write
+    server: DoormanServer
     connection: Guest
     rfile: BufferedReader
     fields: dict[str, list[str]]    # the headers' values, by their names in small letters
@@ -67,7 +68,6 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         self.close_connection = True   # unless the headers are sound and say otherwise
         if not self.server.enter(self.connection, Phase.IDLE):
             return
-        self.connection.enter(Phase.IDLE)
         # An empty line between requests, which some clients send, begins none (RFC 9112 section 2.2).
         begin = b"\n"
         while begin in (b"\n", b"\r\n"):
@@ -76,7 +76,6 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
                 begin += self.rfile.read(1)
         if begin in (b"", b"\r") or not self.server.enter(self.connection, Phase.REQUEST):
             return
-        self.connection.enter(Phase.REQUEST)
         try:
             self.read_request_line(begin)
             self.read_headers()

@@ -236,7 +236,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.turn_away(stranger)
         with self.changing:
             for guest in self.guests:
-                if now >= guest.deadline or (self.stopping and guest.phase is Phase.IDLE):
+                if now >= guest.deadline or (self.stopping and guest.phase is Phase.IDLE and not guest.given_up):
                     self.give_up(guest)
         self.make_room(len(self.guests) - self.max_guests)
 

@@ -168,7 +168,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             newcomer.setblocking(False)
             # macOS gives no address for a peer that has left already.
             self.put_at_door(Stranger(newcomer, address or ("unknown", 0), newcomer.fileno()))
-            while len(self.strangers) > self.max_strangers:
+            if len(self.strangers) > self.max_strangers:
                 self.turn_away(list(self.strangers.values())[0])   # a copy: workers bring guests back meanwhile
 
     def put_at_door(self, stranger: Stranger) -> None:

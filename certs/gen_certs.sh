@@ -17,12 +17,13 @@ LC_ALL=C    # so that A-Z means these letters and no others, in every language a
 
 usage() {
   cat <<'TEXT'
-usage: bash certs/gen_certs.sh               make the CA, the server's and the client's certificate
-       bash certs/gen_certs.sh client NAME   issue one more client certificate, CN = NAME
+usage: bash certs/gen_certs.sh               make the CA, server's and client's
+       bash certs/gen_certs.sh client NAME   make one more client's, CN = NAME
        bash certs/gen_certs.sh --help        print this
 
-Without arguments it replaces the whole set, CA included. Password of the PFX: asked for on
-a terminal, taken from MTLS_PFX_PASSWORD if that is set, else made up and printed at the end.
+Without arguments it replaces the whole set, CA included. Password of the PFX:
+asked for on a terminal, taken from MTLS_PFX_PASSWORD if that is set, else made
+up and printed at the end.
 TEXT
 }
 

@@ -235,9 +235,12 @@ def issue(of: Lab, name: str, subject: str, extensions: str = "extendedKeyUsage 
 
 
 class Output:
-    """What a process writes to a pipe or a terminal, collected by a thread while ``reading`` is set."""
+    """What a process writes to a pipe or a terminal, collected by a thread while ``reading`` is set.
 
-    def __init__(self, stream: IO[bytes], heard: Callable[[bytes], None] = lambda _: None) -> None:
+    After each piece that it takes, the thread calls ``heard`` with all so far.
+    """
+
+    def __init__(self, stream: IO[bytes], heard: Callable[[bytearray], None] = lambda _: None) -> None:
         self.reading = threading.Event()
         self.reading.set()
         self._data = bytearray()
@@ -245,13 +248,13 @@ class Output:
         self._changed = threading.Condition()
         threading.Thread(target=self._collect, args=(stream, heard), daemon=True).start()
 
-    def _collect(self, stream: IO[bytes], heard: Callable[[bytes], None]) -> None:
+    def _collect(self, stream: IO[bytes], heard: Callable[[bytearray], None]) -> None:
         with stream, contextlib.suppress(OSError):   # so Linux says that nobody holds a terminal any more
             while piece := os.read(stream.fileno(), 65536):
                 with self._changed:
                     self._data += piece
                     self._changed.notify_all()
-                heard(bytes(self._data))
+                heard(self._data)
                 self.reading.wait()
         with self._changed:
             self.ended = True
@@ -539,7 +542,7 @@ class Terminal:
         self._seen = 0
         self._output = Output(os.fdopen(self._leader, "rb", 0), self._answer)
 
-    def _answer(self, shown: bytes) -> None:
+    def _answer(self, shown: bytearray) -> None:
         while self.unanswered and (at := shown.find(self.unanswered[0][0].encode(), self._seen)) >= 0:
             text, typed = self.unanswered[0]
             if text.endswith("assword:"):

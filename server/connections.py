@@ -97,8 +97,9 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def __init__(self, address: tuple[str, int], handler: Any, context: ssl.SSLContext) -> None:
         self.context = context
         context.sslsocket_class = Guest
-        # With few descriptors (ulimit -n; negative: unlimited) both shrink. On Windows, select() takes 512 sockets.
-        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 768
+        # With few descriptors (ulimit -n; negative: unlimited) both shrink. On Windows, select() takes 512 sockets:
+        # the listener, strangers, and all guests when they leave at the same time.
+        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else 511 + 32
         places = max(limit, 36) - 32 if limit >= 0 else MAX_GUESTS + MAX_STRANGERS
         self.max_guests = min(MAX_GUESTS, places // 2)
         self.max_strangers = min(MAX_STRANGERS, places - self.max_guests)
@@ -138,6 +139,9 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         while self.strangers or self.guests or not self.stopping:
             try:
                 self.service_actions()
+                if not self.selector.get_map():   # only guests are left, and Windows cannot wait for nothing
+                    time.sleep(poll_interval)
+                    continue
                 for key, _ in self.selector.select(poll_interval):
                     if key.data is None:
                         self.accept()
@@ -309,5 +313,6 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
     def shutdown(self) -> None:
         """Accept no more, and let running requests finish: return when all have left, or time is up."""
         self.stopping = True
-        self.stopped.wait(STOP_SECONDS)
-
+        for _ in range(int(STOP_SECONDS / TICK)):   # one long wait would be deaf to Ctrl+C on Windows
+            if self.stopped.wait(TICK):
+                break

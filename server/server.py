@@ -10,7 +10,6 @@ requests.
 import argparse
 import contextlib
 import errno
-import json
 import os
 import queue
 import re
@@ -22,7 +21,7 @@ import threading
 import time
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 if sys.version_info < (3, 10):   # noqa: UP036   # said here, because older ones cannot read what follows
     sys.exit(f"server.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
@@ -33,49 +32,24 @@ from strict_http import Refusal, StrictHandler, encode  # noqa: E402
 CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
 
 MAX_BODY = 64 * 1024   # bytes of a request's body
-MAX_DEPTH = 100        # levels of arrays and objects in it
 MAX_TASK = 1000        # characters
 MAX_ITEMS = 1000       # on the list
 MAX_LOG = 1000         # entries that wait for somebody to read the log
 
 
-def fail(problem: str) -> NoReturn:
-    """One line that says what is wrong and what to do; exit 1."""
-    sys.exit(f"[SERVER] ERROR: {problem}")
-
-
 # --- TLS: what makes it mutual -------------------------------------------------------------
 
 def tls_context(certs: Path) -> ssl.SSLContext:
-    """The server's side of mutual TLS, with ca.crt, server.crt and server.key from ``certs``.
-
-    Exits with an error line if one of them is missing, unreadable or does not fit.
-    """
-    for name in ("ca.crt", "server.crt", "server.key"):
-        try:
-            (certs / name).read_bytes()
-        except PermissionError:
-            fail(f"may not read {certs / name}; see whose it is: ls -l {certs}")
-        except OSError as error:
-            fail(f"cannot read {certs / name} ({error.strerror}); make the certificates: bash certs/gen_certs.sh")
-
+    """The server's side of mutual TLS, with ca.crt, server.crt and server.key from ``certs``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     # ① Require a client certificate: this is the "mutual" in mTLS. A client without one, or
     #    with one that does not verify, is refused in the handshake and never reaches HTTP.
     context.verify_mode = ssl.CERT_REQUIRED
     # ② Trust only our CA. With the system's trust store, any public CA could admit a client.
-    try:
-        context.load_verify_locations(cafile=certs / "ca.crt")
-    except ssl.SSLError as error:
-        fail(f"{certs / 'ca.crt'} is not a certificate ({in_words(error)}); run bash certs/gen_certs.sh again")
+    context.load_verify_locations(cafile=certs / "ca.crt")
     # ③ Our own certificate and key. The empty password makes an encrypted key an error: without
     #    it, OpenSSL would stop and ask for a password that nobody is there to type.
-    try:
-        context.load_cert_chain(certs / "server.crt", certs / "server.key", password="")
-        load_with_ca(context, certs)
-    except (ssl.SSLError, OSError) as error:
-        fail(f"{certs / 'server.crt'} and server.key do not fit or cannot be used ({in_words(error)}); "
-             "the key must have no password; run bash certs/gen_certs.sh again")
+    context.load_cert_chain(certs / "server.crt", certs / "server.key", password="")
     # ④ TLS 1.2 at least: 1.0 and 1.1 rest on MD5 and SHA-1 (deprecated by RFC 8996).
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     # For TLS 1.2, only forward secrecy with authenticated encryption: Python's default still has
@@ -99,7 +73,6 @@ def tls_context(certs: Path) -> ssl.SSLContext:
     # A peer that leaves without close_notify gets no error alert from OpenSSL 3, just an end:
     # HTTP has lengths, so nothing can be cut off unnoticed. (Python 3.10+ with OpenSSL 3+.)
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
-    look_at_own_certificate(context, certs)
     return context
 
 
@@ -115,23 +88,16 @@ def load_with_ca(context: ssl.SSLContext, certs: Path) -> None:
         context.load_cert_chain(chain, certs / "server.key", password="")
 
 
-def look_at_own_certificate(context: ssl.SSLContext, certs: Path) -> None:
-    """Verify it as a client will, in a handshake within memory: better we say so than each client."""
+def verify_own_certificate(context: ssl.SSLContext, certs: Path) -> None:
+    """Verify it as a client will, in a handshake within memory. Raises SSLCertVerificationError."""
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     client.check_hostname = False   # any name will do here
     client.load_verify_locations(certs / "ca.crt")
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     theirs, ours = client.wrap_bio(to_client, to_server), context.wrap_bio(to_server, to_client, server_side=True)
-    try:
-        for side in (theirs, ours, theirs):
-            with contextlib.suppress(ssl.SSLWantReadError):
-                side.do_handshake()
-    except ssl.SSLCertVerificationError as error:
-        if error.verify_code not in (9, 10):   # not yet valid, expired
-            fail(f"{certs / 'server.crt'} is not good with this ca.crt ({error.verify_message}); "
-                 "run bash certs/gen_certs.sh again")
-        print(f"[SERVER] WARNING: {certs / 'server.crt'}: {error.verify_message}: clients will refuse it; "
-              "look at the clock, or renew it (see README.md)", file=sys.stderr)
+    for side in (theirs, ours, theirs):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
 
 
 def in_words(error: Exception) -> str:
@@ -171,7 +137,7 @@ class TodoServer(DoormanServer):
     def handle_error(self, request: Any, client_address: Any) -> None:
         """A peer that vanishes in the middle is no news; anything else is ours: one line."""
         error = sys.exc_info()[1]
-        if not isinstance(error, OSError):
+        if request is None or not isinstance(error, OSError):
             self.log.write(f"ERROR | peer={client_address[0]} | {error!r}")
 
 
@@ -206,11 +172,10 @@ class TodoHandler(StrictHandler):
             raise Refusal(HTTPStatus.FORBIDDEN, f"client certificate: CN {name!r} is not in the allowed list")
         if self.path != "/todo":
             raise Refusal(HTTPStatus.NOT_FOUND, "path: only /todo is here")
+        if self.command in ("PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
+            raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method: must be GET, HEAD or POST", Allow="GET, HEAD, POST")
         if self.command not in ("GET", "HEAD", "POST"):
-            if self.command in ("PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
-                raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method: must be GET, HEAD or POST",
-                              Allow="GET, HEAD, POST")
-            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "method: is unknown", closes=True)
+            raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "method: is unknown")
         self.body_length()   # refuses what could hide a second request, also where no body is wanted
         if self.command == "POST":
             return self.create_todo(name)
@@ -222,14 +187,8 @@ class TodoHandler(StrictHandler):
         # Any web page can make a browser that holds our PFX send a form, but not JSON.
         if self.fields.get("content-type", [""])[0].partition(";")[0].strip().lower() != "application/json":
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "header: must be Content-Type: application/json")
-        try:
-            task, done = parse_todo(self.read_body(MAX_BODY))
-        except ValueError as error:
-            raise Refusal(HTTPStatus.BAD_REQUEST, str(error)) from None
+        task, done = checked_todo(self.read_json(MAX_BODY))
         item = self.server.store.add(task, done)
-        if item is None:
-            raise Refusal(HTTPStatus.INSUFFICIENT_STORAGE,
-                          f"list: is full with {MAX_ITEMS:,} items; restart the server to empty it")
         self.outcome = (f"AUTHENTICATED | CN={name!r} | creating TODO", f"TODO CREATED | CN={name!r} | item={item!r}")
         self.respond(HTTPStatus.CREATED, {"client": name, "message": "TODO item created", "todo": item})
 
@@ -240,52 +199,18 @@ class TodoHandler(StrictHandler):
         self.outcome = ()
 
 
-def parse_todo(body: bytes) -> tuple[str, bool]:
-    """Task and done of a POST's body. Raises ValueError that names the field and the rule."""
-    try:
-        text = body.decode()
-    except UnicodeDecodeError:
-        raise ValueError("body: must be UTF-8") from None
-    if depth(text) > MAX_DEPTH:   # judged before: the parser's recursion could exhaust the thread's stack
-        raise ValueError(f"body: nested more than {MAX_DEPTH} levels deep")
-    try:
-        item = json.loads(text, parse_constant=not_json, object_pairs_hook=unambiguous)
-    except ValueError as error:
-        raise ValueError(f"body: must be JSON ({error})") from None
-    if not isinstance(item, dict):
-        raise ValueError("body: must be a JSON object")
-    task = item.get("task")
+def checked_todo(item: dict[str, object]) -> tuple[str, bool]:
+    """Task and done of a POST's object. Raises Refusal that names the field and the rule."""
+    task, done = item.get("task"), item.get("done", False)
     if not isinstance(task, str) or not task.strip():
-        raise ValueError("task: must be a non-empty string")
+        raise Refusal(HTTPStatus.BAD_REQUEST, "task: must be a non-empty string")
     if len(task) > MAX_TASK:
-        raise ValueError(f"task: must have at most {MAX_TASK:,} characters")
+        raise Refusal(HTTPStatus.BAD_REQUEST, f"task: must have at most {MAX_TASK:,} characters")
     if any("\ud800" <= character <= "\udfff" for character in task):
-        raise ValueError("task: must be valid Unicode (it has a lone surrogate)")
-    done = item.get("done", False)
+        raise Refusal(HTTPStatus.BAD_REQUEST, "task: must be valid Unicode (it has a lone surrogate)")
     if not isinstance(done, bool):
-        raise ValueError("done: must be true or false")
+        raise Refusal(HTTPStatus.BAD_REQUEST, "done: must be true or false")
     return task, done
-
-
-def depth(text: str) -> int:
-    """How deep a JSON text is nested. What is in its strings does not count."""
-    deepest = level = 0
-    for bracket in re.findall(r"[\[{}\]]", re.sub(r'"(?:[^"\\]|\\.)*"?', "", text, flags=re.DOTALL)):
-        level += 1 if bracket in "[{" else -1
-        deepest = max(deepest, level)
-    return deepest
-
-
-def not_json(constant: str) -> NoReturn:
-    """Refuse NaN and Infinity, which Python's json reads although RFC 8259 section 6 forbids them."""
-    raise ValueError(f"{constant} is not JSON")
-
-
-def unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse an object that has a name twice: some programs take the first, some the last (RFC 8259 section 4)."""
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name is there twice")
-    return dict(pairs)
 
 
 # --- Log -----------------------------------------------------------------------------------
@@ -299,7 +224,7 @@ class Log:
 
     def __init__(self) -> None:
         self.entries: queue.SimpleQueue[str] = queue.SimpleQueue()
-        self.dropping = threading.Lock()
+        self.counting = threading.Lock()
         self.dropped = 0
         self.closed = False
         self.writer = threading.Thread(target=self.write_all, daemon=True)
@@ -310,18 +235,18 @@ class Log:
         if self.entries.qsize() < MAX_LOG:
             self.entries.put("".join(f"[SERVER] {line}\n" for line in lines))
         else:
-            with self.dropping:
+            with self.counting:
                 self.dropped += 1
 
     def write_all(self) -> None:
-        """The thread: write entries until the log is closed."""
-        while not self.closed or self.entries.qsize():
+        """The thread: write entries, and how many are missing once no more wait, until `close`."""
+        while not self.closed or not self.entries.empty():
             # All that waits in one write: after each, other threads run first, and the log would fall behind.
-            entries = [self.entries.get(), *(self.entries.get() for _ in range(self.entries.qsize()))]
+            text = self.entries.get() + "".join(self.entries.get() for _ in range(self.entries.qsize()))
             with contextlib.suppress(AttributeError, OSError, ValueError):   # a closed stderr stops no one
-                sys.stderr.write("".join(entries))
+                sys.stderr.write(text)
                 if self.dropped and self.entries.empty():
-                    with self.dropping:
+                    with self.counting:
                         number, self.dropped = self.dropped, 0
                     sys.stderr.write(f"[SERVER] LOG | {number} entries dropped: nobody read the log\n")
                 sys.stderr.flush()
@@ -334,11 +259,9 @@ class Log:
 
 
 def say(text: str) -> None:
-    """Print to stdout at once; if its reader has left (``| head``), print to nowhere from then on."""
-    try:
-        print(text, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Print a line to stdout at once, if it still has a reader (``| head`` leaves early)."""
+    with contextlib.suppress(OSError):
+        print(f"[SERVER] {text}", flush=True)
 
 
 # --- Start and stop ------------------------------------------------------------------------
@@ -368,39 +291,59 @@ def parse_arguments() -> argparse.Namespace:
             arguments.port = port_number(os.environ.get("MTLS_SERVER_PORT") or "8443")
         except argparse.ArgumentTypeError as error:
             parser.error(f"MTLS_SERVER_PORT: {error}")
-    if arguments.allow_cn:
-        where, names = "argument --allow-cn", ",".join(arguments.allow_cn).split(",")
-    else:   # in the variable, spaces separate, too
+    where, names = "argument --allow-cn", ",".join(arguments.allow_cn or []).split(",")
+    if arguments.allow_cn is None:   # in the variable, spaces separate, too
         where, names = "MTLS_ALLOWED_CNS", re.split(r"[\s,]+", os.environ.get("MTLS_ALLOWED_CNS") or "mtls-client")
+    arguments.allow_cn = [name.strip(" ") for name in names]
     if not all(name.strip() for name in names):
         parser.error(f"{where}: has an empty name")
-    arguments.allow_cn = [name.strip(" ") for name in names]
     return arguments
 
 
-def listen(host: str, port: int, context: ssl.SSLContext, allowed_cns: list[str]) -> TodoServer:
-    """The server, ready to accept. Exits with an error line if it cannot listen there."""
+def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
+    """The server, ready to accept. Exits with one line that says what is wrong and what to do."""
+    try:
+        for name in ("ca.crt", "server.crt", "server.key"):
+            (CERTS / name).read_bytes()   # OpenSSL would not say which one it cannot read
+        context = tls_context(CERTS)
+        load_with_ca(context, CERTS)
+        verify_own_certificate(context, CERTS)
+    except PermissionError as error:
+        sys.exit(f"[SERVER] ERROR: may not read {error.filename}; see whose it is (ls -l), or make new ones: "
+                 "bash certs/gen_certs.sh")
+    except ssl.SSLError as error:
+        if getattr(error, "verify_code", 0) not in (9, 10):   # not yet valid, expired
+            sys.exit(f"[SERVER] ERROR: {CERTS}: ca.crt, server.crt and server.key do not fit or cannot be used "
+                     f"({in_words(error)}); the key must have no password; run bash certs/gen_certs.sh again")
+        print(f"[SERVER] WARNING: {CERTS / 'server.crt'}: {in_words(error)}: clients will refuse it; "
+              "look at the clock, or renew it (see README.md)", file=sys.stderr)
+    except OSError as error:
+        sys.exit(f"[SERVER] ERROR: cannot read {error.filename} ({error.strerror}); "
+                 "make the certificates: bash certs/gen_certs.sh")
     try:
         return TodoServer((host, port), context, allowed_cns)
     except (OSError, UnicodeError) as error:
-        problem = f"cannot listen on {host}:{port} ({in_words(error)})"
+        problem = in_words(error)
+        advice = "choose an address of this machine with --host and a port you may use with --port"
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            fail(f"{problem}; stop the program that uses this port, or take another one in both terminals: "
-                 "export MTLS_SERVER_PORT=8444")
-        fail(f"{problem}; choose an address of this machine with --host and a port you may use with --port")
+            problem = "address already in use"   # Windows has longer words for it
+            advice = ("stop the program that uses this port, or take another one in both terminals: "
+                      "MTLS_SERVER_PORT=8444")
+        sys.exit(f"[SERVER] ERROR: cannot listen on {host}:{port} ({problem}); {advice}")
 
 
 def main() -> None:
     """Start, serve until Ctrl+C or SIGTERM, stop."""
     arguments = parse_arguments()
-    context = tls_context(CERTS)
-    server = listen(arguments.host, arguments.port, context, arguments.allow_cn)
+    server = start(arguments.host, arguments.port, arguments.allow_cn)
+
     signals: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        if signals.count(signal.SIGINT) and number == signal.SIGINT:   # Ctrl+C again
+        if number == signal.SIGINT and number in signals:   # Ctrl+C again
             os._exit(1)
         signals.append(number)
+        server.stopping = True
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
@@ -408,20 +351,19 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     port = server.server_address[1]
-    say(f"[SERVER] mTLS server listening on https://{host}:{port}")
-    say("[SERVER] Requiring client cert signed by: ca.crt")
+    say(f"mTLS server listening on https://{host}:{port}")
+    say("Requiring client cert signed by: ca.crt")
     if arguments.host in ("0.0.0.0", "::"):   # noqa: S104   # all addresses; the certificate is for these
-        say(f"[SERVER] On this machine, clients connect to: https://127.0.0.1:{port}")
-    say("[SERVER] Press Ctrl+C to stop.")
-    while not signals:
+        say(f"On this machine, clients connect to: https://127.0.0.1:{port}")
+    say("Press Ctrl+C to stop.")
+    while not server.stopping:
         time.sleep(0.1)   # the main thread does nothing else, so a signal is always heard
+    threading.Timer(STOP_SECONDS + 2, os._exit, [0]).start()   # if nobody reads what we print now
     if server.running():
-        waiting = f"[SERVER] Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once."
-        threading.Thread(target=say, args=[waiting], daemon=True).start()   # we wait, even if nobody reads it
+        say(f"Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once.")
     server.shutdown()
     server.log.close()
-    threading.Timer(1.0, os._exit, [0]).start()   # if nobody reads the next line
-    say("[SERVER] Stopped.")
+    say("Stopped.")
     os._exit(0)   # a plain return would wait for threads that still serve
 
 
@@ -439,11 +381,12 @@ class TodoStore:
             self.add(task, True)
         self.add("Validate mutual auth", False)
 
-    def add(self, task: str, done: bool) -> dict[str, object] | None:
-        """Append an item and return it; None if the list is full."""
+    def add(self, task: str, done: bool) -> dict[str, object]:
+        """Append an item and return it. Raises Refusal if the list is full."""
         with self._lock:
             if len(self._items) >= MAX_ITEMS:
-                return None
+                raise Refusal(HTTPStatus.INSUFFICIENT_STORAGE,
+                              f"list: is full with {MAX_ITEMS:,} items; restart the server to empty it")
             item: dict[str, object] = {"id": len(self._items) + 1, "task": task, "done": done}
             self._items.append(item)
             self._encoded.clear()

@@ -532,7 +532,7 @@ class TestStart(unittest.TestCase):
         with Server(lab()) as server:
             refusal = self.refusal(lab().run("server/server.py", "--port", str(server.port)))
             self.assertIn("(address already in use); stop the program that uses this port, or take another one in both "
-                          "terminals: export MTLS_SERVER_PORT=8444", refusal)
+                          "terminals: MTLS_SERVER_PORT=8444", refusal)
             with Talk(server.connect()) as talk:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)
         hosts = ("no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "2001:db8::1")

@@ -35,14 +35,16 @@ from tests.support import (
     side_by_side,
 )
 from tests.test_strict_http import (
+    FORGED,
     HIDDEN,
     HIDDEN_LENGTH,
     HOST,
     JSON,
     MAX_BODY,
+    NASTY,
     Case,
-    CasesCase,
     HttpCase,
+    SharedServerCase,
     head,
     todo,
 )
@@ -125,28 +127,23 @@ class TestTLS(ServerCase):
                 text=True, env=environment(), check=False, timeout=PATIENCE)
         self.assertRegex(result.stdout + result.stderr, "(?i)no.renegotiation")
 
-    def test_only_our_ca_is_trusted(self) -> None:
-        """A client of another CA is refused and hears why, also if it is the one that the system trusts."""
-        context = lab().context(None)
-        context.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
+    def test_only_certificates_of_our_ca_are_trusted(self) -> None:
+        """All others are refused in the handshake and hear why, also those of a CA that the system trusts."""
+        none, unknown = "peer did not return a certificate", "certificate verify failed: (unable to get local issuer " \
+                                                             "certificate|certificate signature failure)"
+        stranger = lab().context(None)
+        stranger.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
+        cases = ((lab().context(None), "CERTIFICATE_REQUIRED", none),
+                 (lab().context(None, maximum_version=ssl.TLSVersion.TLSv1_2), "HANDSHAKE_FAILURE", none),
+                 (stranger, "UNKNOWN_CA", unknown))
         for env in ({}, {"SSL_CERT_FILE": str(other_lab().certs / "ca.crt")}):
-            with self.subTest(env), self.serving(env=env) as server:
-                with (self.assertRaisesRegex(ssl.SSLError, "(?i)unknown.ca"),
-                      Talk(server.connect(context=context)) as talk):
-                    talk.ask("GET", "/todo")
-                line = server.stderr.wait_for("REJECTED")[-1]
-                self.assertRegex(line, r"^\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| certificate verify failed: "
-                                       "(unable to get local issuer certificate|certificate signature failure)$")
-
-    def test_a_certificate_is_required(self) -> None:
-        """Without one, TLS itself refuses: no client gets as far as HTTP."""
-        with self.serving() as server:
-            for version, alert in (("TLSv1_3", "CERTIFICATE_REQUIRED"), ("TLSv1_2", "HANDSHAKE_FAILURE")):
-                context = lab().context(None, maximum_version=ssl.TLSVersion[version])
-                with self.assertRaisesRegex(ssl.SSLError, alert), Talk(server.connect(context=context)) as talk:
-                    talk.ask("GET", "/todo")
-            lines = server.stderr.wait_for(lambda lines: len(lines) >= 2)
-            self.assertEqual(lines, ["[SERVER] REJECTED | peer=127.0.0.1 | peer did not return a certificate"] * 2)
+            with self.serving(env=env) as server:
+                for number, (context, alert, reason) in enumerate(cases, 1):
+                    with self.subTest(alert, **env):
+                        with self.assertRaisesRegex(ssl.SSLError, alert), Talk(server.connect(context=context)) as talk:
+                            talk.ask("GET", "/todo")
+                        lines = server.stderr.wait_for(lambda lines, number=number: len(lines) >= number)
+                        self.assertRegex(lines[-1], rf"^\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| {reason}$")
 
 
 class TestWhoMayComeIn(HttpCase):
@@ -207,13 +204,13 @@ class TestWhoMayComeIn(HttpCase):
         with (self.serving("--allow-cn", "mtls-client", "mallory") as server,
               Talk(server.connect("client")) as client, Talk(server.connect("mallory")) as mallory):
             talks = {"mtls-client": client, "mallory": mallory}
-            known = self.todos(server)
+            known = client.ask("GET", "/todo").json["todos"]
             for poster in ("mtls-client", "mallory", "mallory", "mtls-client"):
                 answer = talks[poster].ask("POST", "/todo", todo(task=f"by {poster}"))
                 known.append({"id": len(known) + 1, "task": f"by {poster}", "done": False})
                 self.assertEqual(answer.json, {"client": poster, "message": "TODO item created", "todo": known[-1]})
-                for reader in ("mallory", "mtls-client", "mtls-client", "mallory"):
-                    self.assertEqual(talks[reader].ask("GET", "/todo").json, {"client": reader, "todos": known})
+                for reader, talk in talks.items():
+                    self.assertEqual(talk.ask("GET", "/todo").json, {"client": reader, "todos": known})
 
 
 def path_and_method_cases() -> Iterator[Case]:
@@ -318,7 +315,7 @@ def forbidden_cases() -> Iterator[Case]:
     yield Case("mallory's 101 headers", head("GET /todo HTTP/1.1", *(f"X-{n}: y" for n in range(101))), 431, True)
 
 
-class TestEndpoints(CasesCase):
+class TestEndpoints(SharedServerCase):
     """GET and POST /todo, and nothing else."""
 
     seconds = 5
@@ -375,7 +372,7 @@ class TestEndpoints(CasesCase):
 
     def test_deep_nesting_with_small_stacks(self) -> None:
         """65,000 brackets cannot overrun the stack of a thread of 1 MiB, as musl and Windows have it."""
-        with self.serving(ulimit="-s 1024") as server, Talk(server.connect()) as talk:
+        with self.serving(before="ulimit -s 1024") as server, Talk(server.connect()) as talk:
             for body in (b"[" * 65_000, b'{"a":' * 13_000):
                 self.assert_sound(talk.ask("POST", "/todo", body), 400)
 
@@ -418,16 +415,14 @@ class TestLog(ServerCase):
 
     def test_no_peer_can_forge_a_line_or_drive_a_terminal(self) -> None:
         """Control characters are escaped in a task and in a common name (for request lines see test_strict_http)."""
-        forged = "[SERVER] FORGED | all is well"
-        name = "nasty\r\n" + forged + "\x1b[2J\x9b\u202e\u2028|"
+        name = "nasty\r\n" + FORGED + "\x1b[2J\x9b\u202e\u2028|"
         issue(lab(), "nasty", f"/CN={name}")
-        bad = ("\n", "\r\n", "\r", "\x1b[2J\x1b]0;x\x07", "\x00", "\x08\x08", "\x7f", "\x85", "\x9b2J", "\t", "\x0b",
-               "\xa0", "\xad", "\u2028", "\u2029", "\u202e", "\ufeff", "\U000e0001")
+        bad = (*NASTY, "\n", "\r\n", "\u2028", "\u2029", "\u202e", "\ufeff", "\U000e0001")
         with self.serving("--allow-cn", "mtls-client", name) as server:
             for certificate in ("client", "nasty"):
                 with Talk(server.connect(certificate)) as talk:
                     for text in bad:
-                        answer = talk.ask("POST", "/todo", todo(task=f"a{text}{forged}"))
+                        answer = talk.ask("POST", "/todo", todo(task=f"a{text}{FORGED}"))
                         self.assertEqual(answer.status, 201, repr(text))
             lines = server.stderr.wait_for(lambda lines: len(lines) >= 6 * len(bad))
             self.assertEqual(len(lines), 6 * len(bad), "there should be no line more")
@@ -435,45 +430,59 @@ class TestLog(ServerCase):
                 self.assertRegex(line, r"^\[SERVER\] (REQUEST|AUTHENTICATED|TODO CREATED) \| ")
                 self.assertTrue(line.isprintable(), f"a control character is in {line!r}")
 
+    def ask_unread(self, server: Server, talk: Talk, requests: int) -> None:
+        """Nobody reads the log while so many requests are answered; each has its number."""
+        server.stderr.reading.clear()
+        for first in range(0, requests, 100):
+            talk.send(b"".join(request("GET", f"/todo?n={n}") for n in range(first, first + 100)))
+            self.assertEqual({talk.answer().status for _ in range(100)}, {200})
+
+    def assert_logged_or_counted(self, lines: list[str], requests: int, at_least: int) -> None:
+        """Entries are whole and in order; those that are not there are counted exactly."""
+        numbers = [int(found) for line in lines for found in re.findall(r"n=(\d+) HTTP", line)]
+        self.assertEqual(numbers, sorted(set(numbers)), "what is logged stands in its order")
+        self.assertIn(len(numbers), range(at_least, requests), "the queue has its length, and the pipe has an end")
+        dropped = re.findall(r"^\[SERVER\] LOG \| (\d+) entries dropped: nobody read the log$", "\n".join(lines), re.M)
+        self.assertEqual(len(numbers) + sum(map(int, dropped)), requests)
+        for line, following in zip(lines, [*lines[1:], "serving"], strict=True):
+            self.assertTrue("REQUEST" not in line or "serving" in following, "an entry is logged or dropped whole")
+
     def test_a_log_that_nobody_reads(self) -> None:
         """Nobody waits for its reader: requests and handshakes go on, and what was dropped is counted exactly."""
-        rounds, batch = 30, 100
         with self.serving() as server, Talk(server.connect()) as talk:
-            server.stderr.reading.clear()
-            for turn in range(rounds):
-                talk.send(b"".join(request("GET", f"/todo?n={turn * batch + n}") for n in range(batch)))
-                self.assertEqual({talk.answer().status for _ in range(batch)}, {200})
+            self.ask_unread(server, talk, 3000)
             with Talk(server.connect()) as other:
-                self.assertEqual(other.ask("GET", f"/todo?n={rounds * batch}").status, 200)
+                self.assertEqual(other.ask("GET", "/todo?n=3000").status, 200)
             server.stderr.reading.set()
-            dropped = re.compile(r"\[SERVER\] LOG \| (\d+) entries dropped: nobody read the log")
             server.stderr.wait_for("LOG | ")
             self.assertEqual(talk.ask("GET", "/todo?last").status, 200)
-            lines = server.stderr.wait_for("/todo?last")
-            numbers = [int(found) for line in lines for found in re.findall(r"n=(\d+) HTTP", line)]
-            self.assertEqual(numbers, sorted(set(numbers)), "what is logged stands in its order")
-            self.assertLess(len(numbers), rounds * batch, "the reader's pipe cannot have taken all")
-            self.assertGreaterEqual(len(numbers), 1000, "the queue holds 1,000 entries")
-            self.assertEqual(len(numbers) + sum(int(found[1]) for line in lines if (found := dropped.fullmatch(line))),
-                             rounds * batch + 1)
-            for line, following in zip(lines, [*lines[1:], "serving"], strict=True):
-                self.assertTrue("REQUEST" not in line or "serving" in following, "an entry is logged or dropped whole")
+            self.assert_logged_or_counted(server.stderr.wait_for("/todo?last"), 3001, at_least=1000)
 
     def test_stop_with_a_log_that_nobody_reads(self) -> None:
         """It ends in time, also if stdout is the same stuck pipe, and a request runs."""
-        for one_pipe in (False, True):
-            with (self.subTest(one_pipe=one_pipe),
-                  Server(lab(), one_pipe=one_pipe, constants={"connections.STOP_SECONDS": 1.0}) as server,
+        for stderr in (subprocess.PIPE, subprocess.STDOUT):
+            with (self.subTest(stderr=stderr),
+                  Server(lab(), stderr=stderr, constants={"connections.STOP_SECONDS": 1.0}) as server,
                   Talk(server.connect()) as talk):
-                server.stderr.reading.clear()
-                for _ in range(20):
-                    talk.send(request("GET", "/todo") * 100)
-                    self.assertEqual({talk.answer().status for _ in range(100)}, {200})
-                talk.send(request("POST", "/todo", b"{}", Expect="100-continue")[:-2])
-                self.assertEqual(talk.file.readline(), b"HTTP/1.1 100 Continue\r\n")
+                self.ask_unread(server, talk, 2000)
+                talk.begin_post()
                 started = time.monotonic()
                 self.assertEqual(server.stop(), 0)
                 self.assertLess(time.monotonic() - started, 10, "it should wait for the request, and not much longer")
+
+    def test_stop_with_a_log_that_is_read_at_last(self) -> None:
+        """What waits is written, and what was dropped is told, also if it is read only when the last client has gone.
+
+        A short queue, so that all can be read in the second that it then takes to end.
+        """
+        with Server(lab(), constants={"server.MAX_LOG": 100}) as server:
+            with Talk(server.connect()) as talk:
+                self.ask_unread(server, talk, 2000)
+                server.process.send_signal(signal.SIGTERM)
+                self.assert_ends_well(talk)
+            server.stderr.reading.set()
+            self.assertEqual(server.process.wait(PATIENCE), 0)
+            self.assert_logged_or_counted(server.stderr.all(), 2000, at_least=100)
 
 
 class TestStart(unittest.TestCase):
@@ -572,9 +581,10 @@ class TestStart(unittest.TestCase):
     def test_settings(self) -> None:
         """The environment's are taken, a flag wins, and what makes no sense is refused with exit code 2."""
         port = free_port()
-        with Server(lab(), env={"MTLS_SERVER_PORT": port, "LC_ALL": "C"}, port=None) as server:
+        with Server(lab(), env={"MTLS_SERVER_PORT": port, "LC_ALL": "C"}) as server:
             self.assertEqual(str(server.port), port)
-        with Server(lab(), "--host", "127.0.0.1", env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):
+        with Server(lab(), "--host", "127.0.0.1", "--port", "0",
+                    env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):
             pass
         variable = "MTLS_SERVER_PORT: '{}' is no port (0 to 65535)"
         cases: list[tuple[list[str], dict[str, str | None], str]] = [
@@ -626,23 +636,14 @@ class TestOutputAndStop(ServerCase):
             os.kill(pid, signal.SIGTERM)
             self.assertEqual(process.stderr.read(), "0\n")
 
-    def test_ctrl_c_while_a_request_runs(self) -> None:
-        """It says what it waits for; the request is finished, or a second Ctrl+C ends at once."""
-        waiting = "[SERVER] Waiting for running requests, 5 s at most; Ctrl+C again ends at once."
-        data = request("POST", "/todo", todo(task="in the end"), Expect="100-continue")
-        for again in (False, True):
-            with self.subTest(again=again), Server(lab()) as server, Talk(server.connect()) as talk:
-                talk.send(data[:-5])
-                self.assertEqual(talk.file.readline(), b"HTTP/1.1 100 Continue\r\n")
-                server.process.send_signal(signal.SIGINT)
-                self.assertEqual(server.stdout.wait_for("Waiting")[-1], waiting)
-                if again:
-                    self.assertEqual(server.stop(signal.SIGINT), 1)
-                    continue
-                talk.send(data[-5:])
-                self.assertEqual((talk.file.readline(), talk.answer().status), (b"\r\n", 201))
-                self.assertEqual(server.process.wait(PATIENCE), 0)
-                self.assertEqual(server.stdout.all()[-2:], [waiting, "[SERVER] Stopped."])
+    def test_second_ctrl_c(self) -> None:
+        """It says what it waits for; Ctrl+C once more ends at once. (For the first one alone see test_connections.)"""
+        with Server(lab()) as server, Talk(server.connect()) as talk:
+            talk.begin_post()
+            server.process.send_signal(signal.SIGINT)
+            self.assertEqual(server.stdout.wait_for("Waiting")[-1],
+                             "[SERVER] Waiting for running requests, 5 s at most; Ctrl+C again ends at once.")
+            self.assertEqual(server.stop(signal.SIGINT), 1)
 
 
 if __name__ == "__main__":

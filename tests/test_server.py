@@ -25,7 +25,6 @@ from tests.support import (
     ServerCase,
     Talk,
     environment,
-    free_port,
     issue,
     lab,
     new_folder,
@@ -42,16 +41,18 @@ from tests.test_strict_http import (
     JSON,
     MAX_BODY,
     NASTY,
+    TLS_VERSIONS,
     Case,
     HttpCase,
     SharedServerCase,
     head,
+    request_line_cases,
     todo,
 )
 
 METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
 GREETING = """\
-[SERVER] mTLS server listening on https://127.0.0.1:{port}
+[SERVER] mTLS server listening on https://{host}:{port}
 [SERVER] Requiring client cert signed by: ca.crt
 [SERVER] Press Ctrl+C to stop.
 """.splitlines()
@@ -84,19 +85,27 @@ def sign_again(name: str, pattern: bytes, replacement: bytes) -> None:
     file.write_text(ssl.DER_cert_to_PEM_cert(der[:-len(signed)] + signed))
 
 
+def has_ipv6() -> bool:
+    """Whether this machine can be reached by IPv6."""
+    try:
+        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
+    except OSError:
+        return False
+    return True
+
+
 class TestTLS(ServerCase):
     """What the server's TLS settings admit and refuse."""
 
     def test_versions_and_ciphers(self) -> None:
         """TLS 1.2 and 1.3 with forward secrecy and AEAD; no CBC, HTTP/1.1 by ALPN, no tickets in TLS 1.3."""
         with self.serving() as server:
-            for version, cipher, accepted in (
-                    ("TLSv1_3", None, True), ("TLSv1_2", "ECDHE-RSA-AES128-GCM-SHA256", True),
-                    ("TLSv1_2", "ECDHE-RSA-CHACHA20-POLY1305", True), ("TLSv1_2", "ECDHE-RSA-AES256-SHA384", False),
-                    ("TLSv1_2", "DHE-RSA-AES256-GCM-SHA384", False), ("TLSv1_2", "AES256-GCM-SHA384", False)):
-                with self.subTest(version=version, cipher=cipher):
-                    context = lab().context(minimum_version=ssl.TLSVersion[version],
-                                            maximum_version=ssl.TLSVersion[version])
+            for cipher, accepted in (
+                    ("", True), ("ECDHE-RSA-AES128-GCM-SHA256", True), ("ECDHE-RSA-CHACHA20-POLY1305", True),
+                    ("ECDHE-RSA-AES256-SHA384", False), ("DHE-RSA-AES256-GCM-SHA384", False),
+                    ("AES256-GCM-SHA384", False)):
+                with self.subTest(cipher or "TLS 1.3"):
+                    context = lab().context(maximum_version=TLS_VERSIONS[not cipher])
                     context.set_alpn_protocols(["h2", "http/1.1"])
                     if cipher:
                         context.set_ciphers(cipher)
@@ -107,7 +116,7 @@ class TestTLS(ServerCase):
                         self.assertEqual(talk.connection.selected_alpn_protocol(), "http/1.1")
                         self.assertEqual(talk.ask("GET", "/todo").status, 200)
                         session = talk.connection.session
-                    self.assertFalse(version == "TLSv1_3" and session is not None and session.has_ticket)
+                    self.assertFalse(not cipher and session is not None and session.has_ticket)
             server.stderr.wait_for("no shared cipher")
 
     def test_nothing_older_than_tls_1_2(self) -> None:
@@ -134,16 +143,17 @@ class TestTLS(ServerCase):
         stranger = lab().context(None)
         stranger.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
         cases = ((lab().context(None), "CERTIFICATE_REQUIRED", none),
-                 (lab().context(None, maximum_version=ssl.TLSVersion.TLSv1_2), "HANDSHAKE_FAILURE", none),
-                 (stranger, "UNKNOWN_CA", unknown))
+                 (lab().context(None, maximum_version=TLS_VERSIONS[0]), "HANDSHAKE_FAILURE", none),
+                 (stranger, "(?i)UNKNOWN.CA", unknown))
         for env in ({}, {"SSL_CERT_FILE": str(other_lab().certs / "ca.crt")}):
             with self.serving(env=env) as server:
-                for number, (context, alert, reason) in enumerate(cases, 1):
-                    with self.subTest(alert, **env):
-                        with self.assertRaisesRegex(ssl.SSLError, alert), Talk(server.connect(context=context)) as talk:
-                            talk.ask("GET", "/todo")
-                        lines = server.stderr.wait_for(lambda lines, number=number: len(lines) >= number)
-                        self.assertRegex(lines[-1], rf"^\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| {reason}$")
+                for context, alert, _ in cases:
+                    with (self.subTest(alert, **env), self.assertRaisesRegex(ssl.SSLError, alert),
+                          Talk(server.connect(context=context)) as talk):
+                        talk.ask("GET", "/todo")
+                lines = server.stderr.wait_for(lambda lines: len(lines) >= len(cases))
+                for line, (*_, reason) in zip(lines, cases, strict=True):
+                    self.assertRegex(line, rf"^\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| {reason}$")
 
 
 class TestWhoMayComeIn(HttpCase):
@@ -307,11 +317,9 @@ def forbidden_cases() -> Iterator[Case]:
                        head(f"{method} /todo HTTP/1.1", HOST, *fields) + HIDDEN, 403, says="mallory")
     yield Case("mallory's POST of a broken body", request("POST", "/todo", b"{"), 403, says="mallory")
     yield Case("mallory's sound POST", request("POST", "/todo", todo(task="x")), 403, says="mallory")
-    yield Case("mallory's rubbish", b"rubbish\r\n", 400, True)
+    yield from request_line_cases()
     yield Case("mallory's request without Host", head("GET /todo HTTP/1.1"), 400, True)
     yield Case("mallory's broken header", head("GET /todo HTTP/1.1", HOST, "x"), 400, True)
-    yield Case("mallory's HTTP/2.0", head("GET /todo HTTP/2.0", HOST), 505, True)
-    yield Case("mallory's long request line", request("GET", "/" + "x" * MAX_BODY), 414, True)
     yield Case("mallory's 101 headers", head("GET /todo HTTP/1.1", *(f"X-{n}: y" for n in range(101))), 431, True)
 
 
@@ -383,7 +391,10 @@ class TestLog(ServerCase):
     seconds = 6
 
     def test_the_lines_of_each_request(self) -> None:
-        """As the description shows them: 200 and 201 have their lines, 403 its reason, all else REQUEST alone."""
+        """As the description shows them: 200 and 201 have their lines, 403 its reason, all else REQUEST alone.
+
+        Where ñ cannot be shown, the log has an escape instead.
+        """
         def line(status: int, what: str, name: str = "mtls-client") -> str:
             return f"[SERVER] REQUEST | peer=127.0.0.1 | cert-CN='{name}' | \"{what}\" {status} -"
 
@@ -401,17 +412,18 @@ class TestLog(ServerCase):
             ("POST", "/todo", b"{", [line(400, "POST /todo HTTP/1.1")]),
             ("BREW", "/todo", None, [line(501, "BREW /todo HTTP/1.1")]),
         ]
-        with self.serving() as server:
-            with Talk(server.connect()) as talk:
-                for method, path, body, _ in script:
-                    talk.ask(method, path, body)
-            with Talk(server.connect("mallory")) as talk:
-                talk.ask("GET", "/nothing")
-            expected = [one for *_, lines in script for one in lines] + [
-                line(403, "GET /nothing HTTP/1.1", "mallory"),
-                "[SERVER] FORBIDDEN | CN='mallory' | not in the allowed list; "
-                "to admit: --allow-cn mtls-client 'mallory'"]
-            self.assertEqual(server.stderr.wait_for(lambda lines: len(lines) >= len(expected)), expected)
+        expected = [one for *_, lines in script for one in lines] + [
+            line(403, "GET /nothing HTTP/1.1", "mallory"),
+            "[SERVER] FORBIDDEN | CN='mallory' | not in the allowed list; to admit: --allow-cn mtls-client 'mallory'"]
+        for env, letter in (({"LC_ALL": "C"}, "ñ"), ({"PYTHONIOENCODING": "ascii"}, r"\xf1")):
+            with self.subTest(env), self.serving(env=env) as server:
+                with Talk(server.connect()) as talk:
+                    for method, path, body, _ in script:
+                        talk.ask(method, path, body)
+                with Talk(server.connect("mallory")) as talk:
+                    talk.ask("GET", "/nothing")
+                self.assertEqual(server.stderr.wait_for(lambda lines: len(lines) >= len(expected)),
+                                 [one.replace("ñ", letter) for one in expected])
 
     def test_no_peer_can_forge_a_line_or_drive_a_terminal(self) -> None:
         """Control characters are escaped in a task and in a common name (for request lines see test_strict_http)."""
@@ -539,7 +551,7 @@ class TestStart(unittest.TestCase):
     def test_port_and_host(self) -> None:
         """A busy port, a host that is none or not of this machine."""
         with Server(lab()) as server:
-            refusal = self.refusal(lab().run("server/server.py", "--port", str(server.port)))
+            refusal = self.refusal(lab().run("server/server.py", env={"MTLS_SERVER_PORT": str(server.port)}))
             self.assertIn("(address already in use); stop the program that uses this port, or take another one in both "
                           "terminals: MTLS_SERVER_PORT=8444", refusal)
             with Talk(server.connect()) as talk:
@@ -551,38 +563,34 @@ class TestStart(unittest.TestCase):
             with self.subTest(host=host):
                 self.assertIn("--host", self.refusal(result))
 
-    def test_addresses(self) -> None:
-        """For all addresses it says where to connect; IPv6 has brackets. What it says can be reached and verified."""
-        for host, connect_to in (("0.0.0.0", "127.0.0.1"), ("::1", "::1"), ("::", "::1")):   # noqa: S104
+    def test_greeting_and_end(self) -> None:
+        """As the description shows them. What it says of an address can be reached and verified; IPv6 has brackets."""
+        for host, connect_to, number in (("127.0.0.1", "127.0.0.1", signal.SIGTERM), ("::1", "::1", signal.SIGINT),
+                                         ("0.0.0.0", "127.0.0.1", signal.SIGINT),   # noqa: S104
+                                         ("::", "::1", signal.SIGTERM)):
             with self.subTest(host):
-                if ":" in host:
-                    try:
-                        socket.create_server(("::1", 0), family=socket.AF_INET6).close()
-                    except OSError:
-                        self.skipTest("this machine has no IPv6")
+                if ":" in host and not has_ipv6():
+                    self.skipTest("this machine has no IPv6")
                 with Server(lab(), "--host", host) as server:
-                    shown = f"[{host}]" if ":" in host else host
-                    lines = [line.format(port=server.port).replace("127.0.0.1", shown) for line in GREETING]
-                    if host != "::1":
-                        line = server.stdout.now()[-2]
+                    lines = [one.format(host=f"[{host}]" if ":" in host else host, port=server.port)
+                             for one in GREETING]
+                    if host in ("0.0.0.0", "::"):   # noqa: S104
+                        lines.insert(-1, line := server.stdout.now()[-2])
                         self.assertRegex(line, r"^\[SERVER\] On this machine, clients connect to: https://\S+:\d+$")
-                        lines.insert(-1, line)
                         url = urlsplit(line.rpartition(" ")[2])
                         self.assertEqual(url.port, server.port)
                         with (server.connect_plain(host=url.hostname or "") as plain,
                               lab().context().wrap_socket(plain, server_hostname=url.hostname)):
                             pass
-                    self.assertEqual(server.stdout.now(), lines)
                     with Talk(lab().context().wrap_socket(server.connect_plain(host=connect_to),
                                                           server_hostname="localhost")) as talk:
                         self.assertEqual(talk.ask("GET", "/todo").status, 200)
                     server.stderr.wait_for(f"peer={connect_to} |")
+                    self.assertEqual(server.stop(number), 0)
+                    self.assertEqual(server.stdout.all(), [*lines, "[SERVER] Stopped."])
 
     def test_settings(self) -> None:
         """The environment's are taken, a flag wins, and what makes no sense is refused with exit code 2."""
-        port = free_port()
-        with Server(lab(), env={"MTLS_SERVER_PORT": port, "LC_ALL": "C"}) as server:
-            self.assertEqual(str(server.port), port)
         with Server(lab(), "--host", "127.0.0.1", "--port", "0",
                     env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):
             pass
@@ -605,24 +613,6 @@ class TestStart(unittest.TestCase):
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         self.assertIn("MTLS_SERVER_PORT", result.stdout)
 
-
-class TestOutputAndStop(ServerCase):
-    """From the greeting to "Stopped."."""
-
-    def test_greeting_and_end(self) -> None:
-        """As the description shows them, on Ctrl+C and on SIGTERM."""
-        for number in (signal.SIGINT, signal.SIGTERM):
-            with self.subTest(number.name), Server(lab()) as server:
-                self.assert_served(server)
-                self.assertEqual(server.stop(number), 0)
-                self.assertEqual(server.stdout.all(),
-                                 [*(line.format(port=server.port) for line in GREETING), "[SERVER] Stopped."])
-
-    def test_terminal_without_enye(self) -> None:
-        """Where ñ cannot be shown, the log has an escape instead."""
-        with self.serving(env={"PYTHONIOENCODING": "ascii"}) as server, Talk(server.connect()) as talk:
-            self.assertEqual(talk.ask("POST", "/todo", todo(task="Añadir")).status, 201)
-            server.stderr.wait_for(r"'task': 'A\xf1adir'")
 
     def test_reader_that_leaves(self) -> None:
         """A server whose output's reader has left ends without a traceback."""

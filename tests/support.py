@@ -196,12 +196,7 @@ def lab() -> Lab:
     return shared
 
 
-_CA = """[req]
-distinguished_name = none
-[none]
-[ca]
-default_ca = lab
-[lab]
+_CA = """[lab]
 database = index
 serial = serial
 new_certs_dir = .
@@ -224,11 +219,13 @@ def issue(of: Lab, name: str, subject: str, extensions: str = "extendedKeyUsage 
     (folder / "serial").write_text("77\n")
     key, certificate = (of.certs / f"{name}.{ending}" for ending in ("key", "crt"))
     openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
-    openssl("req", "-new", "-utf8", "-config", "cnf", "-subj", subject, "-key", key, "-out", "csr", cwd=folder)
+    openssl("req", "-new", "-utf8", "-config", of.certs / "ca.cnf", "-subj", subject, "-key", key, "-out", "csr",
+            cwd=folder)
     # Of all the ways to sign, only this one can set dates in every openssl.
-    openssl("ca", "-batch", "-notext", "-preserveDN", "-utf8", "-md", "sha256", "-config", "cnf", "-extensions", "v3",
-            "-cert", of.certs / "ca.crt", "-keyfile", of.certs / "ca.key", "-in", "csr", "-out", certificate,
-            *(["-startdate", start, "-enddate", end] if start and end else ["-days", "2"]), cwd=folder)
+    openssl("ca", "-batch", "-notext", "-preserveDN", "-utf8", "-md", "sha256", "-config", "cnf", "-name", "lab",
+            "-extensions", "v3", "-cert", of.certs / "ca.crt", "-keyfile", of.certs / "ca.key", "-in", "csr",
+            "-out", certificate, *(("-startdate", start, "-enddate", end) if start and end else ("-days", "2")),
+            cwd=folder)
 
 
 # --- Processes -----------------------------------------------------------------------------

@@ -395,6 +395,11 @@ class TestFullHouse(ConnectionCase):
         return self.serving(constants={"connections.MAX_GUESTS": 6, "connections.MAX_STRANGERS": 4,
                                        "connections.DEADLINES[connections.Phase.HANDSHAKE]": 60.0})
 
+    def assert_no_room_for_mallory(self, server: Server) -> None:
+        """Who is not on the list has to go, in one way or another, from a full house."""
+        with Talk(server.connect("mallory")) as talk, contextlib.suppress(OSError):
+            self.assertEqual(talk.file.read(), b"")
+
     def test_who_gives_way_to_an_allowed_client(self) -> None:
         """First whoever is not on the list, whatever it is doing; then the longest idle; a request never."""
         with self.serving_few() as server, contextlib.ExitStack() as held:
@@ -408,13 +413,13 @@ class TestFullHouse(ConnectionCase):
                 idle += kept_alive(server, held, 1)
                 gone = [one for one in unlisted if not is_silent(one, 1.0)]
                 self.assertEqual(len(gone), number, "one who is not on the list goes")
+            self.assert_no_room_for_mallory(server)
             for longest in idle[:2]:
                 idle += kept_alive(server, held, 1)
                 self.assert_ends_well(longest)
             for talk in idle[2:]:
                 talk.begin_post()
-            with Talk(server.connect("mallory")) as talk, contextlib.suppress(OSError):
-                self.assertEqual(talk.file.read(), b"", "with no place left, who is not on the list has to go")
+            self.assert_no_room_for_mallory(server)
             self.assert_newcomer_waits(server, [busy, *idle[2:]])
 
     def test_the_oldest_stranger_gives_way(self) -> None:
@@ -433,24 +438,6 @@ class TestFullHouse(ConnectionCase):
             self.assertEqual(rejected(server, 4).count(LATE.replace("5 s", "60 s")), 3)
             for talk in idle:
                 self.assertEqual(talk.ask("GET", "/nothing").status, 404)
-
-    @unittest.skipIf(DESCRIPTORS < 2600, "needs 2,600 descriptors")
-    def test_2000_strangers(self) -> None:
-        """2,000 silent ones, and then 2,000 half-finished handshakes, push out nobody, and clients are served."""
-        with self.serving() as server, contextlib.ExitStack() as clients:
-            idle = kept_alive(server, clients, 20)
-            busy, = kept_alive(server, clients, 1)
-            busy.begin_post()
-            for what, says in (("silent ones", b""), ("half-finished handshakes", HALF_HELLO)):
-                with self.subTest(what), contextlib.ExitStack() as held:
-                    for number in range(200, 2001, 200):
-                        silent(server, held, 200, says)
-                        self.assert_served(server, f"a proper client is served among {number} {what}")
-                        self.assertLessEqual(server.has("task"), MAX_GUESTS + 8)
-                        self.assertLessEqual(server.has("fd"), server.at_rest + MAX_GUESTS + MAX_STRANGERS + 8)
-            for talk in idle:
-                self.assertEqual(talk.ask("GET", "/todo").status, 200)
-            self.assertEqual(busy.end_post().status, 201)
 
     def test_300_attackers_with_a_certificate(self) -> None:
         """Clients that are not on the list, each with a request begun, cannot shut out the allowed one."""
@@ -482,13 +469,15 @@ class TestFullHouse(ConnectionCase):
 
 
 class TestDescriptors(ConnectionCase):
-    """A server that may open only few files."""
+    """Crowds, and a server that may open only few files."""
 
     seconds = 6
 
-    def test_few_descriptors(self) -> None:
-        """With `ulimit -n 320` or less, a client is served among 400 silent ones and after a house full of requests."""
+    def test_crowds_and_full_houses(self) -> None:
+        """A client is served among 2,000 strangers; with `ulimit -n 320` or less, among 400; and after a full house."""
         checks = [(self.crowd, limit) for limit in (320, 128, 48, 24)] + [(self.fill, limit) for limit in (48, 24)]
+        if DESCRIPTORS >= 2600:
+            checks.append((self.crowd, 0))
         with ThreadPoolExecutor(len(checks)) as pool:
             results = [pool.submit(check, limit) for check, limit in checks]
         for (check, limit), result in zip(checks, results, strict=True):
@@ -496,11 +485,21 @@ class TestDescriptors(ConnectionCase):
                 result.result()
 
     def crowd(self, limit: int) -> None:
-        """400 silent connections and proper clients among them."""
-        with self.serving(before=f"ulimit -n {limit}") as server, contextlib.ExitStack() as held:
-            for _ in range(4):
-                silent(server, held, 100)
-                self.assert_served(server)
+        """Strangers, silent or in their handshake, push out nobody, and a proper client is served among them."""
+        with (self.serving(before=f"ulimit -n {limit}" if limit else ":") as server,
+              contextlib.ExitStack() as clients):
+            busy, *idle = kept_alive(server, clients, 1 if limit else 21)
+            busy.begin_post()
+            for says in (b"", HALF_HELLO):
+                with contextlib.ExitStack() as held:
+                    for _ in range(4 if limit else 10):
+                        silent(server, held, 100 if limit else 200, says)
+                        self.assert_served(server)
+                        self.assertLessEqual(server.has("task"), MAX_GUESTS + 8)
+                        self.assertLessEqual(server.has("fd"), server.at_rest + MAX_GUESTS + MAX_STRANGERS + 8)
+            for talk in idle:
+                self.assertEqual(talk.ask("GET", "/todo").status, 200)
+            self.assertEqual(busy.end_post().status, 201)
 
     def fill(self, limit: int) -> None:
         """Connections in the middle of a request, until a newcomer has to wait; then one ends its request."""
@@ -557,20 +556,19 @@ class TestManyAtOnce(ConnectionCase):
                     self.assertEqual([item["id"] for item in todos if item["task"].startswith(f"{number}.")], ids)
             return ids
 
+        line = r"\[SERVER\] REQUEST \| peer=127\.0\.0\.1 \| cert-CN='mtls-client' \| "
+        about = r"\n\[SERVER\] AUTHENTICATED \| CN='mtls-client' \| "
+        item = r"{'id': \d+, 'task': '\d+\.\d x{900}', 'done': False}"
+        post = rf'{line}"POST /todo HTTP/1\.1" 201 -{about}creating TODO\n' \
+               rf"\[SERVER\] TODO CREATED \| CN='mtls-client' \| item={item}\n"
+        get = rf'{line}"GET /todo HTTP/1\.1" 200 -{about}serving /todo\n'
         with self.serving() as server:
             with ThreadPoolExecutor(clients) as pool:
                 ids = [one for result in pool.map(work, range(clients)) for one in result]
             self.assertEqual(sorted(ids), list(range(6, 6 + clients * rounds)))
-            name = "'mtls-client'"
-            line = rf"\[SERVER\] REQUEST \| peer=127\.0\.0\.1 \| cert-CN={name} \| "
-            item = r"{'id': \d+, 'task': '\d+\.\d x{900}', 'done': False}"
-            post = rf'{line}"POST /todo HTTP/1\.1" 201 -\n\[SERVER\] AUTHENTICATED \| CN={name} \| creating TODO\n' \
-                   rf"\[SERVER\] TODO CREATED \| CN={name} \| item={item}\n"
-            get = rf'{line}"GET /todo HTTP/1\.1" 200 -\n\[SERVER\] AUTHENTICATED \| CN={name} \| serving /todo\n'
             lines = server.stderr.wait_for(lambda lines: len(lines) >= clients * rounds * 5)
-            text = "".join(f"{one}\n" for one in lines)
-            self.assertRegex(text, rf"\A(?:{post}|{get})+\Z", "the lines of each request stand together and whole")
             self.assertEqual(len(lines), clients * rounds * 5)
+            self.assertRegex("\n".join([*lines, ""]), rf"\A(?:{post}|{get})+\Z", "each request's lines stand together")
 
     def test_the_log_keeps_up(self) -> None:
         """Of what 128 clients ask for without a pause, no entry is dropped if the log is read.
@@ -612,8 +610,7 @@ class TestStop(ConnectionCase):
                 for talk in idle:
                     with talk:
                         self.assert_ends_well(talk)
-                for stranger in strangers:
-                    self.assertNotIn(b"HTTP", hear(stranger))
+                self.assertNotIn(b"HTTP", b"".join(map(hear, strangers)))
                 with self.assertRaises(ConnectionError, msg="it accepts no more"):
                     server.connect_plain()
                 self.assertIsNone(server.process.poll(), "it waits for the request")
@@ -625,9 +622,9 @@ class TestStop(ConnectionCase):
                 self.assertEqual(server.stdout.all()[-2:], [
                     "[SERVER] Waiting for running requests, 5 s at most; Ctrl+C again ends at once.",
                     "[SERVER] Stopped."])
-                lines = server.stderr.all()
-                self.assertEqual(len([line for line in lines if '"POST /todo HTTP/1.1" 201 -' in line]), 1)
-                self.assertFalse([line for line in lines if not line.startswith("[SERVER] ") or "ERROR" in line])
+                lines = "\n".join(server.stderr.all())
+                self.assertEqual(lines.count('"POST /todo HTTP/1.1" 201 -'), 1)
+                self.assertNotRegex(lines, r"(?m)^(?!\[SERVER\] )|ERROR")
 
 
 if __name__ == "__main__":

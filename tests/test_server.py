@@ -497,13 +497,14 @@ class TestLog(ServerCase):
             self.assert_logged_or_counted(server.stderr.all(), 2000, at_least=100)
 
 
-class TestStart(unittest.TestCase):
+class TestStart(ServerCase):
     """What it says when it starts, and a server that cannot start says in one line what to do."""
 
-    def refusal(self, result: subprocess.CompletedProcess[str]) -> str:
-        """The one ERROR line of a server that exited with 1."""
-        self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-        self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z")
+    def refusal(self, result: subprocess.CompletedProcess[str], code: int = 1) -> str:
+        """What a server says that does not start and exits with this code: one ERROR line if it is 1."""
+        self.assertEqual((result.returncode, result.stdout), (code, ""), result.stderr)
+        if code == 1:
+            self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z")
         return result.stderr
 
     def test_certificate_files(self) -> None:
@@ -548,21 +549,6 @@ class TestStart(unittest.TestCase):
                 self.assertRegex(line, rf"^\[SERVER\] WARNING: .*server\.crt.*{words}.*: clients will refuse it; .+")
                 self.assertRaisesRegex(ssl.SSLCertVerificationError, words, server.connect)
 
-    def test_port_and_host(self) -> None:
-        """A busy port, a host that is none or not of this machine."""
-        with Server(lab()) as server:
-            refusal = self.refusal(lab().run("server/server.py", env={"MTLS_SERVER_PORT": str(server.port)}))
-            self.assertIn("(address already in use); stop the program that uses this port, or take another one in both "
-                          "terminals: MTLS_SERVER_PORT=8444", refusal)
-            with Talk(server.connect()) as talk:
-                self.assertEqual(talk.ask("GET", "/todo").status, 200)
-        hosts = ("no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "2001:db8::1")
-        results = side_by_side(lambda host: lab().run("server/server.py", "--port", "0", "--host", host), hosts)
-        results.append(lab().run("server/server.py", "--port", "0", env={"MTLS_SERVER_HOST": "192.0.2.1"}))
-        for host, result in zip((*hosts, "a variable"), results, strict=True):
-            with self.subTest(host=host):
-                self.assertIn("--host", self.refusal(result))
-
     def test_greeting_and_end(self) -> None:
         """As the description shows them. What it says of an address can be reached and verified; IPv6 has brackets."""
         for host, connect_to, number in (("127.0.0.1", "127.0.0.1", signal.SIGTERM), ("::1", "::1", signal.SIGINT),
@@ -590,29 +576,34 @@ class TestStart(unittest.TestCase):
                     self.assertEqual(server.stdout.all(), [*lines, "[SERVER] Stopped."])
 
     def test_settings(self) -> None:
-        """The environment's are taken, a flag wins, and what makes no sense is refused with exit code 2."""
+        """What makes no sense is refused with exit code 2; a busy port, and a host that is none or not ours, with 1."""
+        with Server(lab()) as server:
+            busy = "(address already in use); stop the program that uses this port, or take another one in both terminals: "
+            cases: list[tuple[list[str], dict[str, str | None], int, str]] = [
+                *(([flag, value], {}, 2, f"argument {flag}") for flag, value in (
+                    ("--port", "banana"), ("--port", "99999"), ("--port", "-1"), ("--port", ""), ("--host", ""),
+                    ("--allow-cn", ""), ("--allow-cn", "a,,b"))),
+                (["--allow-cn"], {}, 2, ""), (["--nonsense"], {}, 2, ""), (["extra"], {}, 2, ""),
+                ([], {"MTLS_ALLOWED_CNS": ","}, 2, "MTLS_ALLOWED_CNS"),
+                ([], {"MTLS_SERVER_PORT": "banana"}, 2, "MTLS_SERVER_PORT: 'banana' is no port (0 to 65535)"),
+                ([], {"MTLS_SERVER_PORT": "99999"}, 2, "MTLS_SERVER_PORT: '99999' is no port (0 to 65535)"),
+                *((["--port", "0", "--host", host], {}, 1, "--host") for host in (
+                    "no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "2001:db8::1")),
+                (["--port", "0"], {"MTLS_SERVER_HOST": "192.0.2.1"}, 1, "--host"),
+                (["--port", str(server.port)], {"MTLS_SERVER_PORT": "0"}, 1, busy),   # a flag wins
+                ([], {"MTLS_SERVER_PORT": str(server.port)}, 1, busy),
+            ]
+            results = side_by_side(lambda case: lab().run("server/server.py", *case[0], env=case[1]), cases)
+            for (arguments, env, code, words), result in zip(cases, results, strict=True):
+                with self.subTest(arguments=arguments, env=env):
+                    self.assertIn(words if code == 1 else f"server.py: error: {words}", self.refusal(result, code))
+            self.assert_served(server)
         with Server(lab(), "--host", "127.0.0.1", "--port", "0",
                     env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):
-            pass
-        variable = "MTLS_SERVER_PORT: '{}' is no port (0 to 65535)"
-        cases: list[tuple[list[str], dict[str, str | None], str]] = [
-            *(([flag, value], {}, f"argument {flag}") for flag, value in (
-                ("--port", "banana"), ("--port", "99999"), ("--port", "-1"), ("--port", ""), ("--host", ""),
-                ("--allow-cn", ""), ("--allow-cn", "a,,b"))),
-            (["--allow-cn"], {}, ""), (["--nonsense"], {}, ""), (["extra"], {}, ""),
-            ([], {"MTLS_ALLOWED_CNS": ","}, "MTLS_ALLOWED_CNS"),
-            ([], {"MTLS_SERVER_PORT": "banana"}, variable.format("banana")),
-            ([], {"MTLS_SERVER_PORT": "99999"}, variable.format("99999")),
-        ]
-        results = side_by_side(lambda case: lab().run("server/server.py", *case[0], env=case[1]), cases)
-        for (arguments, env, words), result in zip(cases, results, strict=True):
-            with self.subTest(arguments=arguments, env=env):
-                self.assertEqual((result.returncode, result.stdout), (2, ""))
-                self.assertIn(f"server.py: error: {words}", result.stderr)
+            pass   # a flag wins also over what makes no sense
         result = lab().run("server/server.py", "--help")
         self.assertEqual((result.returncode, result.stderr), (0, ""))
         self.assertIn("MTLS_SERVER_PORT", result.stdout)
-
 
     def test_reader_that_leaves(self) -> None:
         """A server whose output's reader has left ends without a traceback."""

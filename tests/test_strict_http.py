@@ -295,7 +295,7 @@ class TestConnections(SharedServerCase):
             ("GET", get(), 200, None),
             ("HEAD", get(method="HEAD"), 200, None),
             ("POST", request("POST", "/todo", body), 201, None),
-            ("POST", b"\r\n\n\r\n" + request("POST", "/todo", HIDDEN), 400, None),   # empty lines; a body but no JSON
+            ("POST", b"\r\n\n\r\n" + request("POST", "/todo", HIDDEN), 400, None),   # empty lines; no JSON
             ("GET", request("GET", "/nothing"), 404, None),
             ("HEAD", request("HEAD", "/nothing"), 404, None),
             ("PUT", request("PUT", "/todo"), 405, None),

@@ -102,9 +102,6 @@ def succeed(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str
     return result.stdout
 
 
-# --- openssl -------------------------------------------------------------------------------
-
-
 def openssl(*arguments: str | Path, cwd: Path | None = None) -> str:
     """Run the real openssl, see `succeed`."""
     return succeed("openssl", *arguments, cwd=cwd)
@@ -147,9 +144,6 @@ def free_port() -> str:
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return str(port)
-
-
-# --- The lab -------------------------------------------------------------------------------
 
 
 class Lab:
@@ -226,9 +220,6 @@ def issue(of: Lab, name: str, subject: str, extensions: str = "extendedKeyUsage 
             "-extensions", "v3", "-cert", of.certs / "ca.crt", "-keyfile", of.certs / "ca.key", "-in", "csr",
             "-out", certificate, *(("-startdate", start, "-enddate", end) if start and end else ("-days", "2")),
             cwd=folder)
-
-
-# --- Processes -----------------------------------------------------------------------------
 
 
 class Output:
@@ -514,9 +505,6 @@ def request(method: str, path: str, body: bytes | None = None, **headers: str) -
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return head.encode("latin-1") + b"\r\n" + (body or b"")
-
-
-# --- Terminals -----------------------------------------------------------------------------
 
 
 class Terminal:

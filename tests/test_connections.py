@@ -13,7 +13,6 @@ import signal
 import socket
 import ssl
 import struct
-import sys
 import threading
 import time
 import unittest
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import DESCRIPTORS, PATIENCE, Output, Server, ServerCase, Talk, Wire, comes_true, lab, request
+from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire, comes_true, lab, request
 from tests.test_strict_http import TLS_VERSIONS, todo
 
 MAX_GUESTS, MAX_STRANGERS = 256, 512   # served at once; in their handshake, or being seen off
@@ -530,67 +529,6 @@ class TestDescriptors(ConnectionCase):
                 newcomer.shake_hands()
                 newcomer.send(ENDING_GET)
                 self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
-
-
-class TestManyAtOnce(ConnectionCase):
-    """Clients side by side."""
-
-    seconds = 4
-
-    def test_64_clients_at_once(self) -> None:
-        """With POSTs and GETs mixed, ids are unique and without gaps, and log lines are never mixed."""
-        clients, rounds = 64, 5
-        start = threading.Barrier(clients)
-
-        def work(number: int) -> list[int]:
-            ids: list[int] = []
-            with Talk(server.connect()) as talk:
-                start.wait(PATIENCE)
-                for turn in range(rounds):
-                    task = f"{number}.{turn} " + "x" * 900
-                    item = talk.ask("POST", "/todo", todo(task=task)).json["todo"]
-                    self.assertEqual(item["task"], task)
-                    ids.append(item["id"])
-                    todos = talk.ask("GET", "/todo").json["todos"]
-                    self.assertEqual([item["id"] for item in todos], list(range(1, len(todos) + 1)))
-                    self.assertEqual([item["id"] for item in todos if item["task"].startswith(f"{number}.")], ids)
-            return ids
-
-        line = r"\[SERVER\] REQUEST \| peer=127\.0\.0\.1 \| cert-CN='mtls-client' \| "
-        about = r"\n\[SERVER\] AUTHENTICATED \| CN='mtls-client' \| "
-        item = r"{'id': \d+, 'task': '\d+\.\d x{900}', 'done': False}"
-        post = rf'{line}"POST /todo HTTP/1\.1" 201 -{about}creating TODO\n' \
-               rf"\[SERVER\] TODO CREATED \| CN='mtls-client' \| item={item}\n"
-        get = rf'{line}"GET /todo HTTP/1\.1" 200 -{about}serving /todo\n'
-        with self.serving() as server:
-            with ThreadPoolExecutor(clients) as pool:
-                ids = [one for result in pool.map(work, range(clients)) for one in result]
-            self.assertEqual(sorted(ids), list(range(6, 6 + clients * rounds)))
-            lines = server.stderr.wait_for(lambda lines: len(lines) >= clients * rounds * 5)
-            self.assertEqual(len(lines), clients * rounds * 5)
-            self.assertRegex("\n".join([*lines, ""]), rf"\A(?:{post}|{get})+\Z", "each request's lines stand together")
-
-    def test_the_log_keeps_up(self) -> None:
-        """Of what 128 clients ask for without a pause, no entry is dropped if the log is read.
-
-        Its reader is as slow as a terminal: it needs a moment for each write (of 4 KB at most).
-        """
-        clients, rounds = 128, 50
-        reader, writer = os.pipe2(os.O_DIRECT) if sys.platform == "linux" else os.pipe()
-        with Server(lab(), stderr=writer) as server, contextlib.ExitStack() as held:
-            os.close(writer)
-            log = Output(os.fdopen(reader, "rb"), lambda _: time.sleep(0.0005))
-            talks = kept_alive(server, held, clients)
-            for turn in range(rounds + 1):
-                for talk in talks:
-                    if turn > 0:   # not parsed: the server must be what is slow
-                        self.assertEqual(talk.connection.recv(65536)[:12], b"HTTP/1.1 200")
-                    if turn < rounds:
-                        talk.send(GET)
-            self.assertEqual(server.stop(), 0)
-        said = collections.Counter(line.split(" | ")[-1] for line in log.all())
-        self.assertEqual(said, {'"GET /nothing HTTP/1.1" 404 -': clients, "serving /todo": clients * rounds,
-                                '"GET /todo HTTP/1.1" 200 -': clients * rounds})
 
 
 class TestStop(ConnectionCase):

@@ -8,7 +8,9 @@
 case ${BASH_VERSION:-} in '') echo 'gen_certs.sh: needs bash; run it with: bash certs/gen_certs.sh' >&2; exit 1 ;; esac
 # Start anew with -p, so that nothing inherited (SHELLOPTS, BASH_ENV, exported functions) gives
 # the commands below another meaning. To watch them: bash -xp certs/gen_certs.sh
-case $- in *p*) ;; *) unset POSIXLY_CORRECT CDPATH GLOBIGNORE; exec "$BASH" -p "$0" "$@" ;; esac
+# (POSIXLY_CORRECT: with it, not even exec or unset can be an inherited function.)
+case $- in *p*) ;; *) POSIXLY_CORRECT=1; unset CDPATH GLOBIGNORE; exec "$BASH" -p "$0" "$@" ;; esac
+unset POSIXLY_CORRECT
 set -euo pipefail +o posix   # posix: where sh is a bash, as on macOS
 umask 077   # private from the moment they exist: some openssls create keys readable by all
 LC_ALL=C    # so that A-Z means these letters and no others, in every language and bash

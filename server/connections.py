@@ -55,16 +55,16 @@ class Guest(ssl.SSLSocket):
     given_up = False      # told to go
 
     def recv_into(self, *arguments: Any) -> int:
-        """As ever. After a slice: once more, or 0 if he was told to go, as at the input's end."""
-        while True:
+        """As ever, but in slices; and 0, as at the input's end, if he was told to go."""
+        while not self.given_up:
             try:
                 return super().recv_into(*arguments)
             except TimeoutError:
-                if self.given_up:
-                    return 0
+                continue
+        return 0
 
     def send(self, *arguments: Any) -> int:
-        """As ever. After a slice: once more, unless he was told to go."""
+        """As ever, but in slices."""
         while True:
             try:
                 return super().send(*arguments)
@@ -111,9 +111,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.next_look = 0.0
         self.stopping = False
         self.stopped = threading.Event()
-        addresses = socket.getaddrinfo(*address, type=socket.SOCK_STREAM)
-        # IPv4 first, because "localhost" may stand for both.
-        self.address_family, *_, where = min(addresses, key=lambda one: one[0] != socket.AF_INET)
+        # IPv4 if there is one, because "localhost" may stand for both: its number is the smaller one everywhere.
+        self.address_family, *_, where = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
         super().__init__(where, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
 
     def server_bind(self) -> None:
@@ -122,6 +121,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         # Connections inherit this: a long body's last piece must not wait for an ACK (40 ms).
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.address_family == socket.AF_INET6:   # "::" stands for IPv4, too; not every system has it so
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.setblocking(False)
         super().server_bind()
 
@@ -143,10 +144,12 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     time.sleep(poll_interval)
                     continue
                 for key, _ in self.selector.select(poll_interval):
+                    stranger = self.strangers.get(key.fd)
                     if key.data is None:
                         self.accept()
-                    elif key.data is self.strangers.get(key.fd):   # not if he has gone since select() returned
-                        self.attend(key.data)
+                    elif stranger and stranger is key.data:   # else he has gone since select() returned
+                        step = self.shake_hands if stranger.phase is Phase.HANDSHAKE else self.see_off
+                        step(stranger)
             except Exception:   # a defect of ours; but without a doorman nobody would come in any more
                 self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
                 time.sleep(TICK)   # it may come back at once
@@ -163,10 +166,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                     self.make_room(1)
                 return
             newcomer.setblocking(False)
-            # (macOS gives no address for a peer that has left already.)
+            # macOS gives no address for a peer that has left already.
             self.put_at_door(Stranger(newcomer, address or ("unknown", 0), newcomer.fileno()))
             if len(self.strangers) > self.max_strangers:
-                self.turn_away(next(iter(self.strangers.values())))
+                self.turn_away(list(self.strangers.values())[0])   # a copy: workers bring guests back meanwhile
 
     def put_at_door(self, stranger: Stranger) -> None:
         """Look after what he sends, until his phase's deadline."""
@@ -187,19 +190,6 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         self.take_from_door(stranger)
         self.close_request(stranger.socket)
 
-    def attend(self, stranger: Any) -> None:
-        """Something has come from a `Stranger`."""
-        if stranger.phase is Phase.HANDSHAKE:
-            self.shake_hands(stranger)
-            return
-        try:   # Not SSLSocket.recv, which would go on with the handshake: this is only to be dropped.
-            dropped = len(socket.socket.recv(stranger.socket, 64 * 1024))
-        except OSError:
-            dropped = 0
-        stranger.drained += dropped
-        if not dropped or stranger.drained > MAX_DRAIN:
-            self.turn_away(stranger)
-
     def shake_hands(self, stranger: Stranger) -> None:
         """One step of the handshake. It ends with an alert, or with a guest."""
         try:
@@ -210,16 +200,26 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         except (ssl.SSLWantReadError, ssl.SSLWantWriteError) as wanted:
             events = selectors.EVENT_READ if isinstance(wanted, ssl.SSLWantReadError) else selectors.EVENT_WRITE
             self.selector.modify(stranger.number, events, stranger)
-            return
-        except (OSError, ValueError) as error:
+        except Exception as error:
+            self.take_from_door(stranger)
             self.refused(stranger.address, error)
-            stranger.phase = Phase.REFUSED
-        self.take_from_door(stranger)
-        if stranger.phase is Phase.HANDSHAKE:
+            if stranger.socket.fileno() >= 0:   # else he has reset it before TLS began
+                # Our end is not said yet: it could overtake the alert in some clients (Chromium).
+                stranger.phase = Phase.REFUSED
+                self.put_at_door(stranger)
+        else:
+            self.take_from_door(stranger)
             self.process_request(stranger.socket, stranger.address)
-        elif stranger.socket.fileno() >= 0:   # else the peer has reset it before TLS began
-            # Our end is not said yet: it could overtake the alert in some clients (Chromium).
-            self.put_at_door(stranger)
+
+    def see_off(self, stranger: Stranger) -> None:
+        """Drop what he still sends, until he leaves."""
+        try:   # not SSLSocket.recv, which would go on with the handshake
+            dropped = len(socket.socket.recv(stranger.socket, 64 * 1024))
+        except OSError:
+            dropped = 0
+        stranger.drained += dropped
+        if not dropped or stranger.drained > MAX_DRAIN:
+            self.turn_away(stranger)
 
     def service_actions(self) -> None:
         """Look at all deadlines, if it is time."""
@@ -238,7 +238,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
                 self.turn_away(stranger)
         with self.changing:
             for guest in self.guests:
-                if now >= guest.deadline or (self.stopping and guest.phase is Phase.IDLE):
+                if now >= guest.deadline or (self.stopping and guest.phase is Phase.IDLE and not guest.given_up):
                     self.give_up(guest)
         self.make_room(len(self.guests) - self.max_guests)
 
@@ -257,8 +257,10 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
         request.settimeout(SLICE)
         with self.changing:
             self.guests.add(request)
-        with contextlib.suppress(RuntimeError):   # no thread can be started: he waits for one that is there
+        try:
             self.workers.submit(self.process_request_thread, request, client_address)
+        except RuntimeError:   # no more threads can be started: he waits for one that is there
+            self.make_room(1)
         self.make_room(len(self.guests) - self.max_guests)
 
     def make_room(self, places: int) -> None:

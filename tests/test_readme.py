@@ -218,7 +218,7 @@ class CommandsTest(unittest.TestCase):
         made()   # once before the threads that share them
         for one, problem in zip(found, side_by_side(self.play, found), strict=True):
             with self.subTest(section=one.title):
-                self.assertEqual(problem, "")
+                self.assertFalse(problem, problem)
 
     def play(self, of: Section) -> str:
         """Run one section in a copy of its own, block by block; returns what is wrong, if anything is."""

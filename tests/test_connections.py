@@ -551,7 +551,7 @@ class TestStop(ConnectionCase):
                 self.assertNotIn(b"HTTP", b"".join(map(hear, strangers)))
                 with self.assertRaises(ConnectionError, msg="it accepts no more"):
                     server.connect_plain()
-                self.assertIsNone(server.process.poll(), "it waits for the request")
+                server.stdout.wait_for("Waiting")
                 answer = posting.end_post()
                 self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
                 self.assert_ends_well(posting)

@@ -15,7 +15,6 @@ import ssl
 import struct
 import threading
 import time
-import unittest
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NoResult
@@ -563,7 +562,3 @@ class TestStop(ConnectionCase):
                 lines = "\n".join(server.stderr.all())
                 self.assertEqual(lines.count('"POST /todo HTTP/1.1" 201 -'), 1)
                 self.assertNotRegex(lines, r"(?m)^(?!\[SERVER\] )|ERROR")
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import threading
 import time
-import unittest
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -675,7 +674,3 @@ class TestStart(ServerCase):
             self.assertEqual(server.stdout.wait_for("Waiting")[-1],
                              "[SERVER] Waiting for running requests, 5 s at most; Ctrl+C again ends at once.")
             self.assertEqual(server.stop(signal.SIGINT), 1)
-
-
-if __name__ == "__main__":
-    unittest.main()

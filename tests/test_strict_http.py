@@ -7,7 +7,6 @@ import json
 import re
 import socket
 import ssl
-import unittest
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -434,7 +433,3 @@ class TestLog(HttpCase):
                         self.assertEqual(logged, shown)
                     elif not logged.endswith("..."):   # then it says the whole
                         self.assertEqual(logged.encode().decode("unicode_escape"), line)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -418,6 +418,7 @@ class TestFullHouse(ConnectionCase):
             for talk in idle[2:]:
                 talk.begin_post()
             self.assert_no_room_for_mallory(server)
+            server.stderr.wait_for("REJECTED | peer=127.0.0.1 | no room")
             self.assert_newcomer_waits(server, [busy, *idle[2:]])
 
     def test_the_oldest_stranger_gives_way(self) -> None:

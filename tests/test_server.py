@@ -15,6 +15,7 @@ import subprocess
 import sys
 import threading
 import time
+import unittest
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -130,6 +131,19 @@ class TestTLS(ServerCase):
             plain.sendall(b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b" + hello)
             self.assertRegex(plain.recv(100), rb"^\x15\x03.\x00\x02\x02\x46")
 
+    @unittest.skipUnless(hasattr(ssl.SSLContext, "set_groups"), "needs Python 3.15, which can choose groups")
+    def test_no_finite_field_groups(self) -> None:
+        """Keys are exchanged on elliptic curves alone."""
+        with self.serving() as server:
+            for group in ("x25519", "secp256r1", "secp384r1", "ffdhe2048", "ffdhe8192"):
+                with self.subTest(group):
+                    context = lab().context()
+                    context.set_groups(group)   # type: ignore[attr-defined]
+                    if group.startswith("ffdhe"):
+                        self.assertRaises(ssl.SSLError, server.connect, context=context)
+                    else:
+                        server.connect(context=context).close()
+
     def test_no_renegotiation(self) -> None:
         """A TLS 1.2 client that asks to renegotiate is told no."""
         certs = lab().certs
@@ -242,6 +256,9 @@ def content_type_cases() -> Iterator[Case]:
         for body in (todo(task="never stored"), HIDDEN):
             yield Case(f"a POST of {kind!r} with the body {body!r}",
                        request("POST", "/todo", body, Content_Type=kind), 415, says="Content-Type: application/json")
+    for kinds in (["application/json", "text/plain"], ["text/plain", "application/json"]):
+        fields = [f"Content-Type: {kind}" for kind in kinds]
+        yield Case(f"a POST of {kinds}", head("POST /todo HTTP/1.1", HOST, *fields, HIDDEN_LENGTH) + HIDDEN, 415)
     yield Case("a POST without Content-Type", head("POST /todo HTTP/1.1", HOST, HIDDEN_LENGTH) + HIDDEN, 415)
 
 

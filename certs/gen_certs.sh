@@ -8,19 +8,22 @@
 case ${BASH_VERSION:-} in '') echo 'gen_certs.sh: needs bash; run it with: bash certs/gen_certs.sh' >&2; exit 1 ;; esac
 # Start anew with -p, so that nothing inherited (SHELLOPTS, BASH_ENV, exported functions) gives
 # the commands below another meaning. To watch them: bash -xp certs/gen_certs.sh
-case $- in *p*) ;; *) unset POSIXLY_CORRECT CDPATH GLOBIGNORE; exec "$BASH" -p "$0" "$@" ;; esac
+# (POSIXLY_CORRECT: with it, not even exec or unset can be an inherited function.)
+case $- in *p*) ;; *) POSIXLY_CORRECT=1; unset CDPATH GLOBIGNORE; exec "$BASH" -p "$0" "$@" ;; esac
+unset POSIXLY_CORRECT
 set -euo pipefail +o posix   # posix: where sh is a bash, as on macOS
 umask 077   # private from the moment they exist: some openssls create keys readable by all
 LC_ALL=C    # so that A-Z means these letters and no others, in every language and bash
 
 usage() {
   cat <<'TEXT'
-usage: bash certs/gen_certs.sh               make the CA, the server's and the client's certificate
-       bash certs/gen_certs.sh client NAME   issue one more client certificate, CN = NAME
+usage: bash certs/gen_certs.sh               make the CA, server's and client's
+       bash certs/gen_certs.sh client NAME   make one more client's, CN = NAME
        bash certs/gen_certs.sh --help        print this
 
-Without arguments it replaces the whole set, CA included. Password of the PFX: asked for on
-a terminal, taken from MTLS_PFX_PASSWORD if that is set, else made up and printed at the end.
+Without arguments it replaces the whole set, CA included. Password of the PFX:
+asked for on a terminal, taken from MTLS_PFX_PASSWORD if that is set, else made
+up and printed at the end.
 TEXT
 }
 

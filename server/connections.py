@@ -121,6 +121,8 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         # Connections inherit this: a long body's last piece must not wait for an ACK (40 ms).
         self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if self.address_family == socket.AF_INET6:   # "::" stands for IPv4, too; not every system has it so
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.setblocking(False)
         super().server_bind()
 
@@ -166,7 +168,7 @@ class DoormanServer(socketserver.ThreadingMixIn, socketserver.TCPServer):
             newcomer.setblocking(False)
             # macOS gives no address for a peer that has left already.
             self.put_at_door(Stranger(newcomer, address or ("unknown", 0), newcomer.fileno()))
-            while len(self.strangers) > self.max_strangers:
+            if len(self.strangers) > self.max_strangers:
                 self.turn_away(list(self.strangers.values())[0])   # a copy: workers bring guests back meanwhile
 
     def put_at_door(self, stranger: Stranger) -> None:

@@ -135,7 +135,7 @@ class TodoServer(DoormanServer):
         self.log.write(f"REJECTED | peer={client_address[0]} | {in_words(reason)}")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A peer that vanishes in the middle is no news; anything else is ours: one line."""
+        """A peer that vanishes in the middle is no news; anything else is ours (the doorman's, if without request)."""
         error = sys.exc_info()[1]
         if request is None or not isinstance(error, OSError):
             self.log.write(f"ERROR | peer={client_address[0]} | {error!r}")
@@ -164,7 +164,9 @@ class TodoHandler(StrictHandler):
         """Judge a request in this order: who asks, for what, how; then serve it."""
         name = self.connection.common_name
         if not self.server.is_welcome(self.connection):
-            admit = "" if name is None else f"; to admit: --allow-cn {' '.join(self.server.allowed_cns)} {name!r}"
+            plain = re.compile(r"[\w.-]+")
+            others = " ".join(one if plain.fullmatch(one) else repr(one) for one in self.server.allowed_cns)
+            admit = "" if name is None else f"; to admit: --allow-cn {others} {name!r}"
             self.outcome = (f"FORBIDDEN | CN={name!r} | not in the allowed list{admit}",)
             raise Refusal(HTTPStatus.FORBIDDEN, f"client certificate: CN {name!r} is not in the allowed list")
         if self.path != "/todo":
@@ -182,7 +184,8 @@ class TodoHandler(StrictHandler):
     def create_todo(self, name: str) -> None:
         """POST /todo by the client ``name``."""
         # Any web page can make a browser that holds our PFX send a form, but not JSON.
-        if self.fields.get("content-type", [""])[0].partition(";")[0].strip().lower() != "application/json":
+        types = [value.partition(";")[0].strip().lower() for value in self.fields.get("content-type", [])]
+        if types != ["application/json"]:
             raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "header: must be Content-Type: application/json")
         task, done = checked_todo(self.read_json(MAX_BODY))
         item = self.server.store.add(task, done)

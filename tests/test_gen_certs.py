@@ -492,7 +492,7 @@ class Surroundings(GenCertsCase):
         decoy = new_folder("decoy")
         (decoy / "certs").mkdir()
         (decoy / "settings").write_text("set -f -C; rm() { :; }; alias mv=false; shopt -s expand_aliases nullglob\n")
-        functions = ("cd", "mv", "rm", "cp", "openssl", "printf", "[")
+        functions = ("exec", "unset", "set", "cd", "mv", "rm", "cp", "openssl", "printf", "[")
         for env in ({"SHELLOPTS": "noglob"}, {"SHELLOPTS": "noclobber:keyword"}, {"SHELLOPTS": "xtrace:verbose"},
                     {"BASHOPTS": "failglob:nullglob:dotglob:nocasematch:nocaseglob"}, {"POSIXLY_CORRECT": "1"},
                     {"GLOBIGNORE": "*.crt:*.key"}, {"CDPATH": str(decoy)}, {"BASH_ENV": f"{decoy}/settings"},

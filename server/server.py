@@ -249,7 +249,7 @@ class Log:
                         number, self.dropped = self.dropped, 0
                     sys.stderr.write(f"[SERVER] LOG | {number} entries dropped: nobody read the log\n")
                 sys.stderr.flush()
-            time.sleep(0.01)   # what comes meanwhile is one write: a wake-up for each costs as much as half a GET
+            time.sleep(0.002)   # what comes meanwhile is one write: a wake-up for each is a third of a GET's CPU
 
     def close(self) -> None:
         """Write what still waits, if somebody reads it within a second."""

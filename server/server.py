@@ -291,7 +291,8 @@ def parse_arguments() -> argparse.Namespace:
             arguments.port = port_number(os.environ.get("MTLS_SERVER_PORT") or "8443")
         except argparse.ArgumentTypeError as error:
             parser.error(f"MTLS_SERVER_PORT: {error}")
-    where, names = "argument --allow-cn", ",".join(arguments.allow_cn or []).split(",")
+    words = [word[:-1] if word.endswith(",") else word for word in arguments.allow_cn or []]   # as in "one, two"
+    where, names = "argument --allow-cn", ",".join(words).split(",")
     if arguments.allow_cn is None:   # in the variable, spaces separate, too
         where, names = "MTLS_ALLOWED_CNS", re.split(r"[\s,]+", os.environ.get("MTLS_ALLOWED_CNS") or "mtls-client")
     arguments.allow_cn = [name.strip(" ") for name in names]
@@ -314,7 +315,8 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
     except ssl.SSLError as error:
         if getattr(error, "verify_code", 0) not in (9, 10):   # not yet valid, expired
             sys.exit(f"[SERVER] ERROR: {CERTS}: ca.crt, server.crt and server.key do not fit or cannot be used "
-                     f"({in_words(error)}); the key must have no password; run bash certs/gen_certs.sh again")
+                     f"({in_words(error)}); the key must have no password; use the files of one run, renew server.crt "
+                     "(see README.md), or, for a new CA, run bash certs/gen_certs.sh again")
         print(f"[SERVER] WARNING: {CERTS / 'server.crt'}: {in_words(error)}: clients will refuse it; "
               "look at the clock, or renew it (see README.md)", file=sys.stderr)
     except OSError as error:

@@ -57,8 +57,9 @@ class SideBySide(unittest.TestSuite):
     def run(self, result: unittest.TestResult, debug: bool = False) -> unittest.TestResult:
         """All of them; see unittest.TestSuite."""
         turn = threading.Lock()
+        suites: list[Any] = list(self)
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            running = [pool.submit(suite, Record(result, turn), debug) for suite in self]
+            running = [pool.submit(suite, Record(result, turn), debug) for suite in suites]
             try:
                 for one in running:
                     one.result()

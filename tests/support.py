@@ -83,17 +83,28 @@ def side_by_side(function: Callable[[A], B], cases: Iterable[A]) -> list[B]:
         return list(pool.map(function, cases))
 
 
-# --- openssl -------------------------------------------------------------------------------
+def comes_true(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
+    """Whether the condition holds now or within the time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.05)
+    return True
 
 
-def openssl(*arguments: str | Path, cwd: Path | None = None) -> str:
-    """Run the real openssl; returns its output, raises CalledProcessError with it on failure."""
-    command = ["openssl", *map(str, arguments)]
-    result = subprocess.run(command, cwd=cwd, env=environment(), stdin=subprocess.DEVNULL, text=True,
+def succeed(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str | None] | None = None) -> str:
+    """Run a command without a terminal; returns all that it prints, raises AssertionError with it on failure."""
+    result = subprocess.run(command, cwd=cwd or scratch(), env=environment(env), stdin=subprocess.DEVNULL, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
     if result.returncode:
         raise AssertionError(f"{command} failed:\n{result.stdout}")
     return result.stdout
+
+
+def openssl(*arguments: str | Path, cwd: Path | None = None) -> str:
+    """Run the real openssl, see `succeed`."""
+    return succeed("openssl", *arguments, cwd=cwd)
 
 
 # Generating a 4096-bit key costs seconds. This openssl keeps each key that it makes, by set,
@@ -135,9 +146,6 @@ def free_port() -> str:
             return str(port)
 
 
-# --- The lab -------------------------------------------------------------------------------
-
-
 class Lab:
     """A copy of the project, without certificates until `generate` or `issue` makes them."""
 
@@ -149,25 +157,16 @@ class Lab:
                 (self.root / file.parent.name).mkdir(parents=True, exist_ok=True)
                 shutil.copy(file, self.root / file.parent.name)
 
-    def generate(self, *arguments: str, **variables: str) -> str:
-        """Run gen_certs.sh with prepared keys and no terminal; returns what it printed."""
-        result = self.script(*arguments, env={"PATH": prepared_path(), **variables})
-        if result.returncode:
-            raise AssertionError(f"gen_certs.sh {arguments} failed:\n{result.stdout}{result.stderr}")
-        return result.stdout
+    def generate(self, *arguments: str, **variables: str) -> None:
+        """Run gen_certs.sh with prepared keys and no terminal."""
+        succeed("bash", self.certs / "gen_certs.sh", *arguments, env={"PATH": prepared_path(), **variables})
 
-    def script(self, *arguments: str, env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
-        """Run gen_certs.sh as it is, with no terminal."""
-        return subprocess.run(["bash", str(self.certs / "gen_certs.sh"), *arguments], cwd=scratch(), text=True,
-                              env=environment(env), stdin=subprocess.DEVNULL, capture_output=True, check=False)
-
-    def run(self, script: str, *arguments: str, env: Mapping[str, str | None] | None = None,
-            cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    def run(self, script: str, *arguments: str,
+            env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
         """Run one of the Python programs, as in ``run("client/client.py", "--url", ...)``."""
-        return subprocess.run([sys.executable, "-W", "error", str(self.root / script), *arguments],
-                              cwd=cwd or scratch(), env=environment(env), stdin=subprocess.DEVNULL,
-                              capture_output=True, encoding="utf-8", errors="backslashreplace", check=False,
-                              timeout=PATIENCE * 2)
+        return subprocess.run([sys.executable, "-W", "error", str(self.root / script), *arguments], cwd=scratch(),
+                              env=environment(env), stdin=subprocess.DEVNULL, capture_output=True, check=False,
+                              encoding="utf-8", errors="backslashreplace", timeout=PATIENCE * 2)
 
     def context(self, certificate: str | None = "client", **settings: Any) -> ssl.SSLContext:
         """A client's context: trusts the lab's CA, presents ``certificate`` (None: none)."""
@@ -192,10 +191,8 @@ def lab() -> Lab:
 
 
 _CA = """[req]
-distinguished_name = none
-[none]
-[ca]
-default_ca = lab
+distinguished_name = empty
+[empty]
 [lab]
 database = index
 serial = serial
@@ -219,89 +216,93 @@ def issue(of: Lab, name: str, subject: str, extensions: str = "extendedKeyUsage 
     (folder / "serial").write_text("77\n")
     key, certificate = (of.certs / f"{name}.{ending}" for ending in ("key", "crt"))
     openssl("ecparam", "-name", "prime256v1", "-genkey", "-noout", "-out", key)
-    openssl("req", "-new", "-utf8", "-config", "cnf", "-subj", subject, "-key", key, "-out", "csr", cwd=folder)
+    # Not with certs/ca.cnf: LibreSSL ignores -subj where the file says "prompt = no".
+    openssl("req", "-new", "-utf8", "-config", "cnf", "-subj", subject, "-key", key, "-out", "csr",
+            cwd=folder)
     # Of all the ways to sign, only this one can set dates in every openssl.
-    openssl("ca", "-batch", "-notext", "-preserveDN", "-utf8", "-md", "sha256", "-config", "cnf", "-extensions", "v3",
-            "-cert", of.certs / "ca.crt", "-keyfile", of.certs / "ca.key", "-in", "csr", "-out", certificate,
-            *(["-startdate", start, "-enddate", end] if start and end else ["-days", "2"]), cwd=folder)
+    openssl("ca", "-batch", "-notext", "-preserveDN", "-utf8", "-md", "sha256", "-config", "cnf", "-name", "lab",
+            "-extensions", "v3", "-cert", of.certs / "ca.crt", "-keyfile", of.certs / "ca.key", "-in", "csr",
+            "-out", certificate, *(("-startdate", start, "-enddate", end) if start and end else ("-days", "2")),
+            cwd=folder)
 
 
-# --- Processes -----------------------------------------------------------------------------
+class Output:
+    """What a process writes to a pipe or a terminal, collected by a thread while ``reading`` is set.
 
+    After each piece that it takes, the thread calls ``heard`` with all so far.
+    """
 
-class Lines:
-    """The lines that a process prints to one of its streams, collected by a thread while ``reading`` is set."""
-
-    def __init__(self, stream: IO[str]) -> None:
+    def __init__(self, stream: IO[bytes], heard: Callable[[bytearray], None] = lambda _: None) -> None:
         self.reading = threading.Event()
         self.reading.set()
-        self._lines: list[str] = []
+        self._data = bytearray()
+        self.ended = False
         self._changed = threading.Condition()
-        self._ended = False
-        self._thread = threading.Thread(target=self._collect, args=(stream,), daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._collect, args=(stream, heard), daemon=True).start()
 
-    def _collect(self, stream: IO[str]) -> None:
-        with stream:
-            for line in stream:
+    def _collect(self, stream: IO[bytes], heard: Callable[[bytearray], None]) -> None:
+        with stream, contextlib.suppress(OSError):   # so Linux says that nobody holds a terminal any more
+            while piece := os.read(stream.fileno(), 65536):
                 with self._changed:
-                    self._lines.append(line.rstrip("\n"))
+                    self._data += piece
                     self._changed.notify_all()
+                heard(self._data)
                 self.reading.wait()
         with self._changed:
-            self._ended = True
+            self.ended = True
             self._changed.notify_all()
+
+    def text(self) -> str:
+        """All so far."""
+        with self._changed:
+            return self._data.decode(errors="backslashreplace")
 
     def now(self) -> list[str]:
         """The lines so far."""
-        with self._changed:
-            return list(self._lines)
+        return self.text().split("\n")[:-1]
 
-    def wait_for(self, wanted: Callable[[list[str]], bool] | str, seconds: float = PATIENCE) -> list[str]:
+    def wait_for(self, wanted: Callable[[list[str]], bool] | str) -> list[str]:
         """Wait until a line contains the text, or the lines satisfy the function; returns them."""
         holds = wanted if callable(wanted) else lambda lines: any(wanted in line for line in lines)
+        self.until(lambda: holds(self.now()))
+        if not holds(lines := self.now()):
+            raise AssertionError(f"waited in vain for {wanted!r}; the process printed {lines}")
+        return lines
+
+    def until(self, condition: Callable[[], bool]) -> bool:
+        """Wait until it has ended or the condition holds; False if neither is so in time."""
         with self._changed:
-            self._changed.wait_for(lambda: holds(self._lines) or self._ended, seconds)
-            if not holds(self._lines):
-                raise AssertionError(f"waited in vain for {wanted!r}; the process printed {self._lines}")
-            return list(self._lines)
+            return self._changed.wait_for(lambda: self.ended or condition(), PATIENCE)
 
     def all(self) -> list[str]:
         """All lines of a process that has ended."""
         self.reading.set()
-        self._thread.join(PATIENCE)
+        self.until(lambda: False)
         return self.now()
 
 
 class Server(contextlib.AbstractContextManager["Server"]):
     """A running ``server.py``. Use it as a context manager: it is ended on the way out.
 
-    It listens on a free port, unless ``port`` is None: then the environment says which. ``ulimit``
-    lowers a limit ("-n 320"). ``constants`` are set before it starts ({"connections.NAME": 1.5}).
-    ``one_pipe`` sends both its streams into one, `stdout`.
+    It listens on a free port, unless arguments or ``env`` say otherwise. ``before`` is a shell command that runs
+    first ("ulimit -n 48"), ``constants`` are set then ({"connections.NAME": 1.5}), ``stderr`` is as for Popen.
     """
 
-    def __init__(self, of: Lab, *arguments: str, env: Mapping[str, str | None] | None = None, port: str | None = "0",
-                 ulimit: str = "", constants: Mapping[str, object] | None = None, one_pipe: bool = False) -> None:
+    def __init__(self, of: Lab, *arguments: str, env: Mapping[str, str | None] | None = None, before: str = ":",
+                 constants: Mapping[str, object] | None = None, stderr: int | IO[bytes] = subprocess.PIPE) -> None:
         start = [str(of.root / "server" / "server.py")]
         if constants:
             sets = "".join(f"import {name.split('.')[0]}; {name} = {value!r}\n" for name, value in constants.items())
             start = ["-c", f"import sys; sys.path.insert(0, {str(of.root / 'server')!r})\n"
                            f"{sets}import server; server.main()"]
-        command = [sys.executable, "-W", "error", *start, *arguments]
-        if port is not None:
-            command += ["--port", port]
-        if ulimit:
-            command = ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command]
-        self.lab = of
-        self._contexts: dict[str | None, ssl.SSLContext] = {}
-        self.process = subprocess.Popen(command, cwd=scratch(), env=environment(env), stdin=subprocess.DEVNULL,
-                                        encoding="utf-8", errors="backslashreplace", stdout=subprocess.PIPE,
-                                        stderr=subprocess.STDOUT if one_pipe else subprocess.PIPE)
+        self.process = subprocess.Popen(
+            ["sh", "-c", f'{before}; exec "$@"', "sh", sys.executable, "-W", "error", *start, *arguments],
+            cwd=scratch(), env=environment({"MTLS_SERVER_PORT": "0", **(env or {})}), stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=stderr)
         atexit.register(self.process.kill)   # also when the tests are interrupted
         assert self.process.stdout
-        self.stdout = Lines(self.process.stdout)
-        self.stderr = Lines(self.process.stderr) if self.process.stderr else self.stdout
+        self.stdout = Output(self.process.stdout)
+        self.stderr = Output(self.process.stderr) if self.process.stderr else self.stdout
         try:
             lines = self.stdout.wait_for("Press Ctrl+C")
         except AssertionError as error:
@@ -309,11 +310,11 @@ class Server(contextlib.AbstractContextManager["Server"]):
             raise AssertionError(f"{error}\nstderr: {self.stderr.all()}") from None
         self.port = int(next(line for line in lines if "listening on" in line).rpartition(":")[2])
         self.url = f"https://127.0.0.1:{self.port}/todo"
-        self.at_rest = self.descriptors()
+        self.at_rest = self.has("fd")
+        self.context = functools.cache(of.context)   # making one costs as much as a handshake
 
     def __exit__(self, *_: object) -> None:
-        if self.process.poll() is None:
-            self.process.kill()
+        self.process.kill()
         self.process.wait()
         self.stdout.all()
         self.stderr.all()
@@ -323,39 +324,23 @@ class Server(contextlib.AbstractContextManager["Server"]):
         self.process.send_signal(with_signal)
         return self.process.wait(PATIENCE)
 
-    def threads(self) -> int:
-        """How many threads it has; 0 where there is no /proc."""
-        return len(list(Path("/proc", str(self.process.pid), "task").glob("*")))
-
-    def descriptors(self) -> int:
-        """How many descriptors it has; 0 where there is no /proc."""
-        return len(list(Path("/proc", str(self.process.pid), "fd").glob("*")))
+    def has(self, what: str) -> int:
+        """How many descriptors ("fd") or threads ("task") it has; 0 where there is no /proc."""
+        return len(list(Path("/proc", str(self.process.pid), what).glob("*")))
 
     def settles(self, seconds: float = 6.0) -> bool:
         """Whether it is back to the descriptors that it started with, within the given time."""
-        deadline = time.monotonic() + seconds
-        while self.descriptors() > self.at_rest:
-            if time.monotonic() > deadline:
-                return False
-            time.sleep(0.05)
-        return True
-
-    def context(self, certificate: str | None = "client") -> ssl.SSLContext:
-        """The lab's context for this certificate, kept: making one costs as much as a handshake."""
-        if certificate not in self._contexts:
-            self._contexts[certificate] = self.lab.context(certificate)
-        return self._contexts[certificate]
+        return comes_true(lambda: self.has("fd") <= self.at_rest, seconds)
 
     def connect(self, certificate: str | None = "client", context: ssl.SSLContext | None = None,
                 timeout: float = PATIENCE) -> ssl.SSLSocket:
         """A TLS connection to it, after the handshake. Reading an end without close_notify raises SSLEOFError."""
-        plain = self.connect_plain(timeout)
-        try:
-            return (context or self.context(certificate)).wrap_socket(plain, server_hostname="127.0.0.1",
-                                                                      suppress_ragged_eofs=False)
-        except BaseException:
-            plain.close()
-            raise
+        with contextlib.ExitStack() as failed:
+            plain = failed.enter_context(self.connect_plain(timeout))
+            tls = (context or self.context(certificate)).wrap_socket(plain, server_hostname="127.0.0.1",
+                                                                     suppress_ragged_eofs=False)
+            failed.pop_all()
+            return tls
 
     def connect_plain(self, timeout: float = PATIENCE, host: str = "127.0.0.1") -> socket.socket:
         """A TCP connection to it, no TLS."""
@@ -363,10 +348,9 @@ class Server(contextlib.AbstractContextManager["Server"]):
 
 
 class Answer:
-    """An HTTP response: ``status``, ``headers``, ``body`` (bytes) and, if it is JSON, ``json``.
+    """An HTTP response: ``status``, ``headers`` and ``body``, or ConnectionError if it is not there as a whole.
 
-    ``source`` is what to read it from: a connection, or a file if another answer may follow.
-    Raises ConnectionError if the connection ends before it is complete.
+    It is read from a connection, or from a file if another answer may follow.
     """
 
     def __init__(self, source: socket.socket | BinaryIO, method: str = "GET") -> None:
@@ -389,11 +373,11 @@ class Answer:
         return json.loads(self.body)
 
 
-class Talk(contextlib.AbstractContextManager["Talk"]):
-    """A TLS connection that is read answer by answer, also when several arrive together.
+_BODY = b'{"task": "Finished in the end"}'
 
-    Use it as a context manager: it is closed on the way out.
-    """
+
+class Talk(contextlib.AbstractContextManager["Talk"]):
+    """A TLS connection that is read answer by answer, also when several arrive together."""
 
     def __init__(self, connection: ssl.SSLSocket) -> None:
         self.connection = connection
@@ -416,12 +400,19 @@ class Talk(contextlib.AbstractContextManager["Talk"]):
         self.send(request(method, path, body, **headers))
         return self.answer(method)
 
+    def begin_post(self) -> None:
+        """Begin a POST, and know that the server has begun to read it."""
+        self.send(request("POST", "/todo", _BODY, Expect="100-continue")[:-len(_BODY)])
+        assert (self.file.readline(), self.file.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
+
+    def end_post(self) -> Answer:
+        """The rest of it, and its answer."""
+        self.send(_BODY)
+        return self.answer()
+
 
 class Wire(contextlib.AbstractContextManager["Wire"]):
-    """A TLS client whose bytes the test carries itself, and so can hold back or send one by one.
-
-    Use it as a context manager: it is closed on the way out.
-    """
+    """A TLS client whose bytes the test carries itself, and so can hold back or send one by one."""
 
     def __init__(self, server: Server, certificate: str | None = "client") -> None:
         self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -506,24 +497,8 @@ class ServerCase(unittest.TestCase):
         """A proper client is served, all descriptors are back, and no defect was logged."""
         self.assert_no_defect_logged(server)
         self.assert_served(server, "a proper client must be served afterwards")
-        self.assertTrue(server.settles(), f"of descriptors, {server.descriptors()} are left, not {server.at_rest}")
+        self.assertTrue(server.settles(), f"of descriptors, {server.has('fd')} are left, not {server.at_rest}")
         self.assert_no_defect_logged(server)
-
-
-class SharedServerCase(ServerCase):
-    """Tests that share one server, which must be unharmed after all of them."""
-
-    arguments: tuple[str, ...] = ()
-    server: Server
-
-    @classmethod
-    def setUpClass(cls) -> None:
-        cls.server = Server(lab(), *cls.arguments)
-        cls.addClassCleanup(cls.server.__exit__)
-        cls.addClassCleanup(lambda: cls("assert_unharmed").assert_unharmed(cls.server))
-
-    def tearDown(self) -> None:
-        self.assert_no_defect_logged(self.server)
 
 
 def request(method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
@@ -534,9 +509,6 @@ def request(method: str, path: str, body: bytes | None = None, **headers: str) -
     fields |= {name.replace("_", "-"): value for name, value in headers.items()}
     head = f"{method} {path} HTTP/1.1\r\n" + "".join(f"{name}: {value}\r\n" for name, value in fields.items())
     return head.encode("latin-1") + b"\r\n" + (body or b"")
-
-
-# --- Terminals -----------------------------------------------------------------------------
 
 
 class Terminal:
@@ -555,66 +527,40 @@ class Terminal:
                                         env=environment(env), stdin=follower, stdout=follower, stderr=follower,
                                         start_new_session=True)
         os.close(follower)
-        os.set_blocking(self._leader, False)   # select() takes no number over 1,023, which we may have
         self.unanswered = list(answers)
-        self._shown, self._seen = b"", 0
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._collect)
-        self._thread.start()
+        self._seen = 0
+        self._output = Output(os.fdopen(self._leader, "rb", 0), self._answer)
 
-    def _collect(self) -> None:
-        with contextlib.suppress(OSError):   # Linux: the last holder of the terminal has closed it
-            while True:
-                ended = self.process.poll() is not None   # asked first: what it has written before can be read
-                self._answer()
-                try:
-                    if not (data := os.read(self._leader, 65536)):
-                        return
-                except BlockingIOError:   # nothing is there
-                    if ended:
-                        return
-                    time.sleep(0.01)
-                    continue
-                with self._changed:
-                    self._shown += data
-                    self._changed.notify_all()
-
-    def _answer(self) -> None:
-        while self.unanswered and (at := self._shown.find(self.unanswered[0][0].encode(), self._seen)) >= 0:
+    def _answer(self, shown: bytearray) -> None:
+        while self.unanswered and (at := shown.find(self.unanswered[0][0].encode(), self._seen)) >= 0:
             text, typed = self.unanswered[0]
-            if text.endswith("assword:") and termios.tcgetattr(self._leader)[3] & termios.ECHO:
-                return
+            if text.endswith("assword:"):
+                comes_true(lambda: not termios.tcgetattr(self._leader)[3] & termios.ECHO)
             self._seen = at + len(text.encode())
             os.write(self._leader, typed.encode())
             del self.unanswered[0]
 
     def text(self) -> str:
         """What it has shown so far."""
-        with self._changed:
-            return self._shown.decode(errors="backslashreplace").replace("\r", "")
+        return self._output.text().replace("\r", "")
 
     def wait(self, for_text: str | None = None) -> str:
         """Wait until it has ended, or shown the text; returns what it has shown."""
-        deadline = time.monotonic() + PATIENCE
-        while self._thread.is_alive() and not (for_text and for_text in self.text()):
-            with self._changed:
-                self._changed.wait(0.1)
-            if time.monotonic() > deadline:
-                raise AssertionError(f"did not end in {PATIENCE:.0f} s; it showed:\n{self.text()}")
+        if not self._output.until(lambda: for_text is not None and for_text in self.text()):
+            raise AssertionError(f"did not end in {PATIENCE:.0f} s; it showed:\n{self.text()}")
         return self.text()
 
     def close(self) -> int:
         """End it, as Ctrl+C would, if it still runs; returns the exit code (negative: the signal)."""
         try:
-            if self.process.poll() is None and self._thread.is_alive():
+            if self.process.poll() is None and not self._output.ended:
                 os.killpg(self.process.pid, signal.SIGINT)
             return self.process.wait(PATIENCE)
         finally:
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(self.process.pid, signal.SIGKILL)
             self.process.wait()
-            self._thread.join()
-            os.close(self._leader)
+            self._output.all()
 
 
 def in_terminal(command: Sequence[str], answers: Sequence[tuple[str, str]] = (), cwd: Path | None = None,

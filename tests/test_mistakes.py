@@ -262,7 +262,3 @@ class WireTest(BenchCase):
                 wire.client.do_handshake()
                 self.assertEqual(wire.send_request()[1], [APPLICATION_DATA])
                 self.assertEqual(wire.server.read(4096), REQUEST)
-
-
-if __name__ == "__main__":
-    unittest.main()

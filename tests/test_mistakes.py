@@ -13,7 +13,15 @@ import unittest
 from tests import mistakes
 from tests import side_by_side as load_tests  # noqa: F401
 from tests.mistakes import Bench, Outcome, meet
-from tests.support import PATIENCE, ROOT, environment, new_folder, once, openssl, request
+from tests.support import (
+    PATIENCE,
+    ROOT,
+    environment,
+    new_folder,
+    once,
+    openssl,
+    request,
+)
 from tests.test_readme import in_words_of_this_openssl, section, table
 
 HELLO = Outcome("hello, mtls-client", "mtls-client's request")

@@ -37,12 +37,6 @@ from tests.test_readme import section
 
 CLIENT, NEGATIVE = "client", "client_no_cert"
 
-OUTPUT = section("With a certificate").blocks[1].content
-"""What the client prints on a fresh server, as the page shows it."""
-
-
-# --- Other servers -------------------------------------------------------------------------
-
 Behaviour = Callable[[socket.socket], object]
 """What a server that is not ours does with a TCP connection, which is closed afterwards."""
 
@@ -157,9 +151,6 @@ def other_ca() -> Path:
     return certs
 
 
-# --- The clients ---------------------------------------------------------------------------
-
-
 class Case(NamedTuple):
     """A run of a client and how it should end."""
 
@@ -218,12 +209,13 @@ class TestOurServer(ClientCase):
 
     def test_client(self) -> None:
         """On a fresh server it prints what the page shows; a proxy or a foreign locale changes nothing."""
+        page = section("With a certificate").blocks[1].content
         for encoding, letter in ((None, "ñ"), ("ascii", r"\xf1")):   # ascii: a terminal that cannot show it
             with self.subTest(encoding), Server(lab()) as server:
                 env = {"LC_ALL": "C", "PYTHONIOENCODING": encoding, "MTLS_SERVER_PORT": str(server.port)}
                 result = run(Case(CLIENT, "", env=env))
-                self.assertEqual((result.returncode, result.stderr), (0, ""))
-                self.assertEqual(result.stdout, OUTPUT.replace("8443", str(server.port)).replace("ñ", letter))
+                shown = page.replace("8443", str(server.port)).replace("ñ", letter)
+                self.assertEqual((result.returncode, result.stderr, result.stdout), (0, "", shown))
 
     def test_without_certificate(self) -> None:
         """The negative test passes, over TLS 1.3 and 1.2, with OpenSSL's own words."""
@@ -279,7 +271,9 @@ class TestOurServer(ClientCase):
 
 
 class TestStart(ClientCase):
-    """What is found before anything is sent: arguments, variables, files, no server, an old Python."""
+    """What is found before anything is sent: arguments, variables, files, no or a silent server, an old Python."""
+
+    seconds = 10
 
     def test_files(self) -> None:
         """Missing, misfitting and unreadable files. Where there is a CA, none is advised that would replace it."""
@@ -311,15 +305,17 @@ class TestStart(ClientCase):
         self.assertRegex(shown, rf"\A\[CLIENT\] ERROR: .*{damaged}")
 
     def test_nothing_there(self) -> None:
-        """Without certificates or without a server, both name the command that makes or starts it."""
+        """Without certificates or a server, both name the command for it; with a silent server they give up at 10 s."""
         empty = Lab("no certificates")
         words = "make the certificates: bash certs/gen_certs.sh$"
         self.check([Case(CLIENT, words), Case(NEGATIVE, words, 2)], lambda case: empty.run(f"client/{case.program}.py"))
-        words = "no server at https://127.0.0.1:[0-9]+/todo; start it first: python3 server/server.py$"
-        with socket.socket() as closed:
+        with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as silent:   # nobody accepts
             closed.bind(("127.0.0.1", 0))   # bound but not listening: refuses
-            env = {"MTLS_SERVER_PORT": str(closed.getsockname()[1])}
-            self.check([Case(CLIENT, words, env=env), Case(NEGATIVE, words, 2, env=env)])
+            self.check([
+                Case(program, words, code, env={"MTLS_SERVER_PORT": str(there.getsockname()[1])})
+                for program, code in ((CLIENT, 1), (NEGATIVE, 2)) for there, words in (
+                    (closed, "no server at https://127.0.0.1:[0-9]+/todo; start it first: python3 server/server.py$"),
+                    (silent, "no answer from https://127.0.0.1:.* within 10 s; is our server there"))])
 
     def test_senseless_arguments(self) -> None:
         """URLs that are none, ports that are none, a TASK that is no text: exit 2, with the reason."""
@@ -381,7 +377,7 @@ class TestOtherServers(ClientCase):
                 (certs / "no-san", "Hostname mismatch.* 'localhost'.*" + names))])
 
     def test_strange_answers(self) -> None:
-        """Servers that answer something else than ours does: what the client and the negative test say."""
+        """What both say of other answers; what another client put on the list cannot drive a terminal."""
         no_json, no_answer, too_long = "did not send the JSON", "no HTTP answer", "sent more than 1 MB"
         let_in, in_http = r"HTTP {} .*: let in\.$", "HTTP {} .*: refused, but in HTTP, after TLS had let us in"
         silent, too_early = "without an alert or an answer .*may have refused", "before the server proved who it is"
@@ -408,6 +404,8 @@ class TestOtherServers(ClientCase):
             ]
             self.check([case for server, words, code, words_of_negative in cases for case in (
                 Case(CLIENT, words, server=server), Case(NEGATIVE, words_of_negative, code, server=server))])
+        body = b'{"client": "\\u001b", "todo": 0, "todos": ["\xc2\x9b31m", "\xe2\x80\xae", "\x7f"]}'
+        self.check([Case(CLIENT, r'"\\u009b31m",\n *"\\u202e",\n *"\\u007f"', 0, server=answers(http("200 OK", body)))])
 
     def test_late_refusals(self) -> None:
         """From a server that has proved who it is: PASS only for the right alert, and before any answer."""
@@ -427,11 +425,6 @@ class TestOtherServers(ClientCase):
             Case(NEGATIVE, begun, 1, old, before=counted, server=partly),
             Case(NEGATIVE, begun, before=counted, server=refuses_late(b"H"))])
 
-    def test_hostile_list(self) -> None:
-        """What another client put on the list cannot drive this client's terminal."""
-        body = http("200 OK", b'{"client": "\\u001b", "todo": 0, "todos": ["\xc2\x9b31m", "\xe2\x80\xae", "\x7f"]}')
-        self.check([Case(CLIENT, r'"\\u009b31m",\n *"\\u202e",\n *"\\u007f"', 0, server=answers(body))])
-
     def test_drips(self) -> None:
         """A server that never says its last word: both give up when the whole exchange takes too long."""
         drips = (lambda connection: drip(connection, b"\x16\x03\x03\x16\x03"),   # the beginning of a long ServerHello
@@ -440,16 +433,3 @@ class TestOtherServers(ClientCase):
         self.check([Case(program, "no complete answer from https://.* within 1 s", code, before="exchange.EXCHANGE = 1",
                          server=drip)
                     for program, code, those in ((CLIENT, 1, drips), (NEGATIVE, 2, drips[:-1])) for drip in those])
-
-
-class TestSilence(ClientCase):
-    """A server that says nothing."""
-
-    seconds = 10
-
-    def test_silence(self) -> None:
-        """Both give up after 10 s and say so."""
-        words = "no answer from https://127.0.0.1:.* within 10 s; is our server there"
-        with socket.create_server(("127.0.0.1", 0)) as silent:   # nobody accepts
-            env = {"MTLS_SERVER_PORT": str(silent.getsockname()[1])}
-            self.check([Case(CLIENT, words, env=env), Case(NEGATIVE, words, 2, env=env)])

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from tests import side_by_side as load_tests  # noqa: F401
+from tests.mistakes import meet
 from tests.support import (
     PATIENCE,
     ROOT,
@@ -77,9 +78,6 @@ if sys.argv[1]:
 os.execvp(sys.argv[2], sys.argv[2:])"""
 
 
-# --- Runs under observation ----------------------------------------------------------------
-
-
 def tool(name: str, path: str, text: str) -> str:
     """The PATH with a command of our own (sh) in front."""
     folder = new_folder("tool")
@@ -92,9 +90,9 @@ def tool(name: str, path: str, text: str) -> str:
 def watched_path() -> str:
     """`prepared_path` with an openssl in front that notes each call in $WATCH/calls.
 
-    A note is the last line that the script has printed until then, a tab, and the arguments. At
-    call number WATCH_AT (0: each) it first does WATCH_ACTION, which may end it. Then it lets openssl
-    work, or, if WATCH_READY is a folder, just takes the file to make from there: that is fast.
+    A note is the last line that the script has printed until then, a tab, and the arguments. At call number WATCH_AT
+    (0: each) it first does WATCH_ACTION, which may end it. Then it lets openssl work, or, if WATCH_READY is a folder,
+    just takes the file to make from there: that is fast.
     """
     real = shutil.which("openssl", path=prepared_path())
     return tool("openssl", prepared_path(), f"""
@@ -127,10 +125,9 @@ def ready_set() -> Path:
 def path_without(*names: str) -> str:
     """A PATH with the commands that a script may use, the watched openssl among them, but without these."""
     folder = new_folder("commands")
-    for command in ("bash", "cat", "chmod", "cp", "dirname", "env", "flock",
-                    "grep", "head", "ls", "mkdir", "mktemp", "mv", "openssl", "perl", "rm", "sed", "sh", "sleep", "tr"):
-        found = shutil.which(command, path=watched_path())
-        if found and command not in names:
+    for command in ("bash", "cat", "chmod", "cp", "dirname", "env", "flock", "grep", "head", "ls", "mkdir", "mktemp",
+                    "mv", "openssl", "perl", "rm", "sed", "sh", "sleep", "tr"):
+        if command not in names and (found := shutil.which(command, path=watched_path())):
             (folder / command).symlink_to(found)
     return str(folder)
 
@@ -144,16 +141,16 @@ def meddling(name: str, before: str = ":", after: str = ":") -> dict[str, str]:
 class Run:
     """A run of gen_certs.sh to its end, at umask 022; its keys are of another set than the shared lab's.
 
-    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, and the watched openssl's `folder` are known.
-    ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is called; no file can grow beyond
-    ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is all that this showed. More
-    ``options`` are for Popen.
+    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, what was in certs/ `before`, and the watched
+    openssl's `folder` are known. ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is
+    called; no file can grow beyond ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is
+    all that this showed. More ``options`` are for Popen.
     """
 
     def __init__(self, of: Lab, *arguments: str, at: int = 0, action: str = ":", fast: bool = False,
                  answers: Sequence[tuple[str, str]] | None = None, limit: int | str = "",
                  command: Sequence[str] = (), env: Mapping[str, str] | None = None, **options: Any) -> None:
-        self.folder = new_folder("watch")
+        self.folder, self.lab, self.before = new_folder("watch"), of, contents(of)
         variables = {"PATH": watched_path(), "PREPARED_SET": "second", "MTLS_PFX_PASSWORD": "secret",
                      "WATCH": str(self.folder), "WATCH_AT": str(at), "WATCH_ACTION": action,
                      "WATCH_READY": str(ready_set()) if fast else "", **(env or {})}
@@ -189,12 +186,17 @@ def first_run() -> tuple[Lab, Run, Run]:
     return made, Run(made, env=env), Run(made, "client", "alice", env=env, answers=())
 
 
+def file(name: str) -> Path:
+    """One of the first run's files."""
+    return first_run()[0].certs / name
+
+
 def with_set() -> Lab:
     """A lab of its own, in an odd place, with the shared lab's certificates, mallory's too."""
     made = Lab("it's \"odd\" $HOME [a-z] * ñ")
-    for file in lab().certs.iterdir():
-        if file.name in MADE or file.stem == "mallory":   # other tests issue more, at any time
-            shutil.copy2(file, made.certs / file.name)
+    for path in lab().certs.iterdir():
+        if path.name in MADE or path.stem == "mallory":   # other tests issue more, at any time
+            shutil.copy2(path, made.certs)
     return made
 
 
@@ -230,16 +232,16 @@ def serial(certificate: Path) -> int:
 class GenCertsCase(unittest.TestCase):
     """What the tests below share."""
 
-    def assert_changed(self, of: Lab, before: Mapping[str, object], *names: str) -> None:
-        """In certs/, modes included, these files are changed or new, and no others."""
-        now = contents(of)
+    def assert_changed(self, run: Run, *names: str) -> None:
+        """Since before the run, in certs/, modes included, these files are changed or new, and no others."""
+        before, now = run.before, contents(run.lab)
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         self.assertEqual(changed, sorted(names), "files in certs/ that were added, removed or changed")
 
-    def assert_replaced(self, of: Lab, before: Mapping[str, object]) -> None:
+    def assert_replaced(self, run: Run) -> None:
         """The whole set is new and verifies; all else in certs/ is as it was."""
-        self.assert_changed(of, before, *MADE)
-        self.assertTrue(verifies(of, "server", "client"), "the new set does not verify")
+        self.assert_changed(run, *MADE)
+        self.assertTrue(verifies(run.lab, "server", "client"), "the new set does not verify")
 
     def works(self, of: Lab, *arguments: str, **options: Any) -> Run:
         """A run that succeeds and complains of nothing."""
@@ -249,10 +251,9 @@ class GenCertsCase(unittest.TestCase):
 
     def changes_nothing(self, of: Lab, *arguments: str, code: int = 1, **options: Any) -> Run:
         """A run that ends with this code and touches nothing."""
-        before = contents(of)
         run = Run(of, *arguments, **options)
         self.assertEqual(run.code, code, run.stdout if "answers" in options else run.stderr)
-        self.assert_changed(of, before)
+        self.assert_changed(run)
         return run
 
     def assert_refused(self, says: str, of: Lab, *arguments: str, **options: Any) -> Run:
@@ -263,17 +264,14 @@ class GenCertsCase(unittest.TestCase):
         return run
 
 
-# --- What it does --------------------------------------------------------------------------
-
-
 class WhatItMakes(GenCertsCase):
     """bash certs/gen_certs.sh [client NAME]"""
 
     def test_output(self) -> None:
         """It prints the steps, two OK lines, what exists now, until when, and what to do next, and no chatter."""
-        made, run, _ = first_run()
+        run = first_run()[1]
         self.assertEqual((run.code, run.stderr), (0, ""))
-        ca, server, client = ("valid until " + openssl("x509", "-noout", "-enddate", "-in", made.certs / f"{name}.crt")
+        ca, server, client = ("valid until " + openssl("x509", "-noout", "-enddate", "-in", file(f"{name}.crt"))
                               .strip().partition("=")[2] for name in ("ca", "server", "client"))
         self.assertRegex(run.stdout, r"\A" + "\n".join([
             r"\[1/6\] CA key .*", r"\[2/6\] CA certificate", r"\[3/6\] server key and CSR",
@@ -304,9 +302,8 @@ class WhatItMakes(GenCertsCase):
         # A certificate that is not of this lab.
         openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
                 "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")
-        before = contents(ready)
         run = self.works(ready)
-        self.assert_replaced(ready, before)
+        self.assert_replaced(run)
         self.assertFalse(verifies(ready, "mallory"))
         self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\ncerts/mallory\.crt is of a former CA; "
                                      r"reissue it: bash certs/gen_certs\.sh client mallory\nNext: .*\n\Z")
@@ -317,14 +314,13 @@ class WhatItMakes(GenCertsCase):
     def test_new_client(self) -> None:
         """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
         ready = with_set()
-        before = contents(ready)
         run = self.works(ready, "client", "zoe")
         self.assertRegex(run.stdout, r"\A\[1/2\] zoe: key, CSR and certificate\n\[2/2\] zoe: PFX\n"
                                      r"certs/zoe\.crt: OK\n\n"
                                      r"Made certs/zoe\.crt, \.key, \.csr and \.pfx, CN zoe, valid until .* GMT\.\n"
                                      r"Next: python3 server/server\.py --allow-cn mtls-client zoe\n"
                                      r"then: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
-        self.assert_changed(ready, before, "ca.srl", *ZOE)
+        self.assert_changed(run, "ca.srl", *ZOE)
         self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
         self.assertNotIn("-subj", str(run.calls()), "LibreSSL would ignore it and issue a second mtls-client")
         with self.subTest("without ca.srl, serial numbers start anew, from a random one"):
@@ -354,10 +350,9 @@ class WhatItMakes(GenCertsCase):
         (ready.certs / "mallory.two.key").write_text("another client's")
         for shell in filter(shutil.which, ("sh", "bash", "zsh")):
             with self.subTest(f"a client of the present CA is not reissued, until {shell} removes it as proposed"):
-                before = contents(ready)
                 run = self.assert_refused("gen_certs.sh: 'mallory' exists; .*: rm .*", ready, "client", "mallory")
                 subprocess.run([shell, "-c", run.stderr.strip().rpartition(": ")[2]], cwd=ready.root, check=True)
-                self.assertEqual({*before} - {*contents(ready)}, {f"mallory.{kind}" for kind in KINDS})
+                self.assertEqual({*run.before} - {*contents(ready)}, {f"mallory.{kind}" for kind in KINDS})
                 self.works(ready, "client", "mallory")
 
 
@@ -464,7 +459,7 @@ class Refusals(GenCertsCase):
                 self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
                 self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {re.escape(says.format(path, path.owner()))}"
                                                 r".*; use chown or chmod\n\Z")
-                self.assert_changed(ready, before)
+                self.assertEqual(contents(ready), before)
 
 
 class Surroundings(GenCertsCase):
@@ -483,9 +478,8 @@ class Surroundings(GenCertsCase):
              {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
         ):
             with self.subTest(f"called {name}"):
-                before = contents(odd)
-                self.works(odd, "client", name, command=("bash", script), cwd=cwd, env=env, fast=True)
-                self.assertEqual({*contents(odd)} - {*before}, {f"{name}.{kind}" for kind in KINDS})
+                run = self.works(odd, "client", name, command=("bash", script), cwd=cwd, env=env, fast=True)
+                self.assertEqual({*contents(odd)} - {*run.before}, {f"{name}.{kind}" for kind in KINDS})
 
     def test_inherited(self) -> None:
         """Nothing that bash takes from the environment spoils a run, or lets it print its secret."""
@@ -499,11 +493,10 @@ class Surroundings(GenCertsCase):
                     {"IFS": "c/."}, {f"BASH_FUNC_{name}%%": "() { :; }" for name in functions}):
             with self.subTest(f"with {env}"):
                 ready = with_set()
-                before = contents(ready)
                 run = Run(ready, command=("bash", "certs/gen_certs.sh"), cwd=ready.root, fast=True, env={
                     "MTLS_PFX_PASSWORD": "", **env}, action='[ "$1" != rand ] || { echo s3cret >"$4"; exit; }')
                 self.assertEqual(run.code, 0, run.stderr)
-                self.assert_replaced(ready, before)
+                self.assert_replaced(run)
                 self.assertIn("(shown only now): s3cret\n", run.stdout)
                 self.assertNotIn("s3cret", run.stderr)
                 self.assertEqual(list((decoy / "certs").iterdir()), [])
@@ -557,8 +550,8 @@ class Repository(GenCertsCase):
         self.git(ROOT, *here, "init", "-q")
         self.git(ROOT, *here, "add", "README.md", "certs", "server", "client", "tests")
         self.git(ROOT, *here, "checkout-index", "--all", f"--prefix={folder}/checkout/")
-        crlf = [file.name for file in (folder / "checkout").rglob("*")
-                if file.is_file() and b"\r\n" in file.read_bytes()]
+        crlf = [path.name for path in (folder / "checkout").rglob("*")
+                if path.is_file() and b"\r\n" in path.read_bytes()]
         self.assertEqual(crlf, ["README.md"], "of which we promise nothing")
 
 
@@ -580,7 +573,6 @@ class Password(GenCertsCase):
             ("e", ",,,,,", empty * 3 + end),
         ):
             with self.subTest(f"for {name}.pfx, typed is {typed!r}"):
-                before = contents(ready)
                 run = Run(ready, *(() if name == "client" else ("client", name)), env={"MTLS_PFX_PASSWORD": ""},
                           answers=[(prompts[at % 2], f"{text}\n") for at, text in enumerate(typed.split(","))])
                 said = [line for line in run.stdout.splitlines() if line.startswith("gen_certs.sh: ")]
@@ -588,7 +580,7 @@ class Password(GenCertsCase):
                 self.assertNotIn("typed", str(run.calls()))
                 self.assertEqual((run.code, said), (1 if said[-1:] == end else 0, complaints), run.stdout)
                 if run.code:
-                    self.assert_changed(ready, before)
+                    self.assert_changed(run)
                 else:
                     self.assertTrue(opens(ready.certs / f"{name}.pfx", "typed $ecret"))
 
@@ -596,8 +588,7 @@ class Password(GenCertsCase):
         """MTLS_PFX_PASSWORD is used as it is, with and without a terminal, and not printed."""
         for run in first_run()[1:]:
             self.assertEqual(run.code, 0, run.stdout)
-            self.assertNotRegex(run.stdout, "from|Password")
-            self.assertNotIn("from", str(run.calls()))
+            self.assertNotRegex(f"{run.stdout} {run.calls()}", "from|Password")
 
     def test_made_up(self) -> None:
         """Without terminal and variable it makes up a password, a new one each time, and prints it once."""
@@ -626,9 +617,6 @@ class Password(GenCertsCase):
         self.assertTrue(opens(ready.certs / "zoe.pfx", "s3cret"))
         run = Run(ready, action=windows, answers=(), env={"MTLS_PFX_PASSWORD": "", "OSTYPE": "cygwin"})
         self.assertEqual((run.code, "(shown only now): s3cret\n" in run.stdout), (0, True), run.stdout)
-
-
-# --- What can happen to it -----------------------------------------------------------------
 
 
 class NothingLost(GenCertsCase):
@@ -681,12 +669,10 @@ class NothingLost(GenCertsCase):
                                   ("Ctrl+C after mv", meddling("mv", after=CTRL_C), ":"),
                                   ("Ctrl+C", {}, CTRL_C), ("kill", {}, "kill -s TERM 0"), ("openssl fails", {}, FAILS)):
             with self.subTest(what):
-                ready = with_set()
-                before = contents(ready)
-                run = Run(ready, at=DECISIVE + 1, action=action, fast=True, env=env)
+                run = Run(with_set(), at=DECISIVE + 1, action=action, fast=True, env=env)
                 self.assertIn("-enddate", run.calls()[DECISIVE][1])
                 self.assertEqual(run.code, 0, run.stderr)
-                self.assert_replaced(ready, before)
+                self.assert_replaced(run)
                 self.assertTrue(run.stdout.endswith("Next: python3 server/server.py\n"))
 
     def test_interrupts_on_a_terminal(self) -> None:
@@ -706,14 +692,14 @@ class NothingLost(GenCertsCase):
         ready = with_set()
         for at, arguments in ((2, ()), (7, ("client", "zoe")), (DECISIVE, ())):
             with self.subTest(f"kill -9 during call {at}, then gen_certs.sh {' '.join(arguments)}"):
-                before = contents(ready)
-                self.assertEqual(Run(ready, at=at, action="kill -s KILL 0", fast=True).code, -signal.SIGKILL)
-                left, = (path for path in ready.certs.iterdir() if path.name not in before)
+                killed = Run(ready, at=at, action="kill -s KILL 0", fast=True)
+                self.assertEqual(killed.code, -signal.SIGKILL)
+                left, = (path for path in ready.certs.iterdir() if path.name not in killed.before)
                 for path in (left, *left.rglob("*")):
                     self.assertEqual(stat.filemode(path.stat().st_mode)[4:], "------", path)
                 shutil.copytree(left, ready.certs / ".new.older")   # and one of another run
                 now = contents(ready)
-                self.assertEqual({name: now[name] for name in before}, before)
+                self.assertEqual({name: now[name] for name in killed.before}, killed.before)
                 self.works(ready, *arguments, fast=True)
                 self.assertEqual(list(ready.certs.glob(".*")), [])
 
@@ -722,14 +708,13 @@ class NothingLost(GenCertsCase):
         for what, moved in (("some of the former files", "*/server.key*old/"), ("all of them", "*/client.pfx*old/"),
                             ("the new ones, too", "*certs/ca.crt*certs/server.crt*")):
             with self.subTest(f"killed when it had moved {what}"):
-                ready = with_set()
-                before = contents(ready)
                 env = meddling("mv", after=f'case "$*" in {moved}) kill -s KILL 0 ;; esac')
-                self.assertEqual(Run(ready, fast=True, env=env).code, -signal.SIGKILL)
-                now = contents(ready)
-                self.assertNotEqual({name: now.get(name) for name in before}, before, "not half a move")
-                self.works(ready, "client", "zoe", fast=True)
-                self.assert_changed(ready, before, "ca.srl", *ZOE)
+                killed = Run(with_set(), fast=True, env=env)
+                self.assertEqual(killed.code, -signal.SIGKILL)
+                now = contents(killed.lab)
+                self.assertNotEqual({name: now.get(name) for name in killed.before}, killed.before, "not half a move")
+                self.works(killed.lab, "client", "zoe", fast=True)
+                self.assert_changed(killed, "ca.srl", *ZOE)
 
     def test_a_move_that_fails(self) -> None:
         """A file that cannot be replaced, or put in place, is named, and what was moved already goes back."""
@@ -781,33 +766,27 @@ class OneAtATime(GenCertsCase):
                 continue
             with self.subTest(f"with {name}, two others while one runs"):
                 ready = with_set()
-                before = contents(ready)
                 other = f"bash {shlex.quote(str(ready.certs / 'gen_certs.sh'))}"
                 others = f'for way in "" "client zoe"; do {other} $way; echo $?; done >"$WATCH/others" 2>&1'
                 run = self.works(ready, at=6, action=others, fast=True, env=path)
                 self.assertRegex((run.folder / "others").read_text(),
                                  r"\A(gen_certs\.sh: another run is at work .*\n1\n){2}\Z")
-                self.assert_replaced(ready, before)
+                self.assert_replaced(run)
             for at, password in ((2, "given"), (10, "given"), (10, "")):
                 with self.subTest(f"with {name}, killed during call {at}, password {password or 'made up'}"):
-                    ready = with_set()
-                    before = contents(ready)
-                    killed = Run(ready, at=at, action="kill -s KILL $PPID; sleep 60", fast=True,
+                    killed = Run(with_set(), at=at, action="kill -s KILL $PPID; sleep 60", fast=True,
                                  env={"MTLS_PFX_PASSWORD": password, **path})
                     try:
                         self.assertEqual(killed.code, -signal.SIGKILL)
-                        self.works(ready, "client", "zoe", fast=True, env=path)
+                        self.works(killed.lab, "client", "zoe", fast=True, env=path)
                     finally:
                         os.killpg(killed.group, signal.SIGKILL)   # fails if openssl does not live on
-                    self.assert_changed(ready, before, "ca.srl", *ZOE)
+                    self.assert_changed(killed, "ca.srl", *ZOE)
 
 
-# --- The certificates ----------------------------------------------------------------------
-
-
-def file(name: str) -> Path:
-    """One of the first run's files."""
-    return first_run()[0].certs / name
+def pair(name: str) -> tuple[Path, Path]:
+    """Certificate and key."""
+    return file(f"{name}.crt"), file(f"{name}.key")
 
 
 def extensions(certificate: Path) -> dict[str, tuple[bool, str]]:
@@ -817,10 +796,10 @@ def extensions(certificate: Path) -> dict[str, tuple[bool, str]]:
     return {name: (bool(critical), " ".join(value.split()).removeprefix("keyid:")) for name, critical, value in found}
 
 
-def meet(name: str, server: tuple[Path, Path], client: tuple[Path, Path]) -> str:
-    """Why a TLS client that wants to reach this name, and a server, refuse each other; "" if they do not.
+def seen(name: str, server: tuple[Path, Path], client: tuple[Path, Path]) -> str:
+    """What a TLS client that wants to reach this name, and a server, see of each other.
 
-    Both, given as certificate (or chain) and key, trust the CA and go by RFC 5280 to the letter. All is in memory.
+    Both, given as certificate (or chain) and key, trust the CA and go by RFC 5280 to the letter.
     """
     contexts = [ssl.create_default_context(purpose, cafile=str(file("ca.crt")))
                 for purpose in (ssl.Purpose.SERVER_AUTH, ssl.Purpose.CLIENT_AUTH)]
@@ -828,18 +807,8 @@ def meet(name: str, server: tuple[Path, Path], client: tuple[Path, Path]) -> str
     for context, (certificate, key) in zip(contexts, (client, server), strict=True):
         context.verify_flags |= ssl.VERIFY_X509_STRICT
         context.load_cert_chain(certificate, key)
-    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
-    waiting = [contexts[0].wrap_bio(to_client, to_server, server_hostname=name),
-               contexts[1].wrap_bio(to_server, to_client, server_side=True)]
-    while waiting:
-        end = waiting.pop(0)
-        try:
-            end.do_handshake()
-        except ssl.SSLWantReadError:
-            waiting.append(end)
-        except ssl.SSLCertVerificationError as error:
-            return error.verify_message
-    return ""
+    outcome = meet(contexts[1], contexts[0], name)
+    return f"{outcome.client} / {outcome.server}"
 
 
 class Certificates(unittest.TestCase):
@@ -913,30 +882,28 @@ class Certificates(unittest.TestCase):
 
     def test_leaf_cannot_sign(self) -> None:
         """What a leaf's key has signed is worth nothing, nor is what a CA below the root has signed."""
-        client = (file("client.crt"), file("client.key"))
-        for name, other in (("server", "client"), ("client", "server"), ("alice", "server")):
-            with self.subTest(f"{name}.key cannot issue certificates"):
-                chain = self.signed(f"{other}.csr", file(f"{name}.crt"), file(f"{name}.key"), "CA:false")
-                self.assertEqual(meet("localhost", (chain, file(f"{other}.key")), client), "invalid CA certificate")
-        with self.subTest("the CA cannot be used to make another CA (pathlen:0)"):
-            lower = self.signed("client.csr", file("ca.crt"), file("ca.key"), "CA:true\nkeyUsage = keyCertSign")
-            chain = self.signed("server.csr", lower, file("client.key"), "CA:false")
-            self.assertEqual(meet("localhost", (chain, file("server.key")), client), "path length constraint exceeded")
+        client, no_ca, too_long = pair("client"), "invalid CA certificate / alert ", "path length constraint exceeded / "
+        lower = self.signed("client.csr", *pair("ca"), "CA:true\nkeyUsage = keyCertSign")   # the CA has pathlen:0
+        for (issuer, key), other, says in ((pair("server"), "client", no_ca), (client, "server", no_ca),
+                                           (pair("alice"), "server", no_ca), ((lower, client[1]), "server", too_long)):
+            with self.subTest(f"{issuer.name} and {key.name} cannot issue certificates"):
+                chain = self.signed(f"{other}.csr", issuer, key, "CA:false")
+                self.assertRegex(seen("localhost", (chain, file(f"{other}.key")), client), f"^{says}")
 
     def test_handshakes(self) -> None:
         """Each certificate does its own job, the server's under its names alone, and none does the other's."""
-        wrong_name, wrong_job = "is not valid for", "certificate purpose"
+        wrong_name, wrong_job = "is not valid for '.*' / alert ", "certificate purpose"
         for name, server, client, says in (
-            ("localhost", "server", "client", "^$"), ("127.0.0.1", "server", "client", "^$"),
-            ("localhost", "server", "alice", "^$"),
-            *((other, "server", "client", wrong_name) for other in ("example.org", "127.0.0.2", "sub.localhost",
-                                                                    "mtls-client")),
+            *((own, "server", "client", "^hello, mtls-client / mtls-client's request$")
+              for own in ("localhost", "127.0.0.1")),
+            ("localhost", "server", "alice", "^hello, alice / alice's request$"),
+            *((other, "server", "client", wrong_name)
+              for other in ("example.org", "127.0.0.2", "sub.localhost", "mtls-client")),
             ("localhost", "client", "client", wrong_job), ("localhost", "alice", "client", wrong_job),
             ("localhost", "server", "server", wrong_job),
         ):
             with self.subTest(f"a client with {client}.crt, and a server at {name} with {server}.crt"):
-                pairs = ((file(f"{each}.crt"), file(f"{each}.key")) for each in (server, client))
-                self.assertRegex(meet(name, *pairs), says)
+                self.assertRegex(seen(name, pair(server), pair(client)), says)
 
     def test_pfx(self) -> None:
         """It opens with its password alone and holds the client's certificate, its key, and the CA, under a name."""

@@ -132,18 +132,52 @@ class CommandTest(unittest.TestCase):
         self.assertEqual((len(stdout.splitlines()), *rest), (1, "0\n", 0))
 
 
-class BenchCase(unittest.TestCase):
-    """Tests with a bench of their own."""
+REQUEST = request("POST", "/todo", b'{"task": "stolen"}')
+APPLICATION_DATA = 23   # the content type of a TLS record (RFC 8446 section 5.1)
+REFUSALS = {ssl.TLSVersion.TLSv1_3: "TLSV13_ALERT_CERTIFICATE_REQUIRED",
+            ssl.TLSVersion.TLSv1_2: "SSLV3_ALERT_HANDSHAKE_FAILURE"}
+
+
+class Wire:
+    """A client and a server in memory, after the client's last flight, which the server has not read yet."""
+
+    def __init__(self, bench: Bench, version: ssl.TLSVersion, certificate: str | None) -> None:
+        self.to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
+        context = bench.client(certificate)
+        context.maximum_version = version
+        self.client = context.wrap_bio(to_client, self.to_server, server_hostname="localhost")
+        self.server = bench.server().wrap_bio(self.to_server, to_client, server_side=True)
+        for side in (self.client, self.server, self.client):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+
+    def waiting(self) -> bytes:
+        """Look at what is on its way to the server."""
+        data = self.to_server.read()
+        self.to_server.write(data)
+        return data
+
+    def send_request(self) -> tuple[bytes, list[int]]:
+        """Let the client try to send a request. Returns what leaves it, and the content types of the TLS records."""
+        before = len(self.waiting())
+        with contextlib.suppress(ssl.SSLError):
+            self.client.write(REQUEST)
+        sent = data = self.waiting()[before:]
+        types = []
+        while data:
+            types.append(data[0])
+            data = data[5 + int.from_bytes(data[3:5], "big"):]
+        return sent, types
+
+
+class BenchTest(unittest.TestCase):
+    """What keeps some of the mistakes from happening (the server's own tests show the rest); what is on the wire."""
 
     bench: Bench
 
     @classmethod
     def setUpClass(cls) -> None:
         cls.bench = Bench(new_folder("bench"))
-
-
-class CuresTest(BenchCase):
-    """What keeps some of the mistakes from happening. The server's own tests show the others."""
 
     def test_missing_setting(self) -> None:
         """One that is not in certs/*.cnf cannot be left out: else an experiment would go on without its mistake."""
@@ -194,50 +228,8 @@ class CuresTest(BenchCase):
         self.assertEqual(self.bench.git("show", "HEAD~1:certs/client.key"),
                          (self.bench.folder / "client.key").read_text())
 
-
-REQUEST = request("POST", "/todo", b'{"task": "stolen"}')
-APPLICATION_DATA = 23   # the content type of a TLS record (RFC 8446 section 5.1)
-REFUSALS = {ssl.TLSVersion.TLSv1_3: "TLSV13_ALERT_CERTIFICATE_REQUIRED",
-            ssl.TLSVersion.TLSv1_2: "SSLV3_ALERT_HANDSHAKE_FAILURE"}
-
-
-class Wire:
-    """A client and a server in memory, after the client's last flight, which the server has not read yet."""
-
-    def __init__(self, bench: Bench, version: ssl.TLSVersion, certificate: str | None) -> None:
-        self.to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
-        context = bench.client(certificate)
-        context.maximum_version = version
-        self.client = context.wrap_bio(to_client, self.to_server, server_hostname="localhost")
-        self.server = bench.server().wrap_bio(self.to_server, to_client, server_side=True)
-        for side in (self.client, self.server, self.client):
-            with contextlib.suppress(ssl.SSLWantReadError):
-                side.do_handshake()
-
-    def waiting(self) -> bytes:
-        """Look at what is on its way to the server."""
-        data = self.to_server.read()
-        self.to_server.write(data)
-        return data
-
-    def send_request(self) -> tuple[bytes, list[int]]:
-        """Let the client try to send a request. Returns what leaves it, and the content types of the TLS records."""
-        before = len(self.waiting())
-        with contextlib.suppress(ssl.SSLError):
-            self.client.write(REQUEST)
-        sent = data = self.waiting()[before:]
-        types = []
-        while data:
-            types.append(data[0])
-            data = data[5 + int.from_bytes(data[3:5], "big"):]
-        return sent, types
-
-
-class WireTest(BenchCase):
-    """A request without a client certificate: in TLS 1.3 it travels in vain, in TLS 1.2 it does not leave."""
-
     def test_without_certificate(self) -> None:
-        """The server has never read it when it refuses; the client then knows, and sends no more."""
+        """In TLS 1.3 a request travels in vain: the server refuses unread, and no more is sent; in 1.2 it stays."""
         for version, alert in REFUSALS.items():
             with self.subTest(version):
                 wire = Wire(self.bench, version, certificate=None)

@@ -563,6 +563,8 @@ class TestLog(ServerCase):
                 self.ask_unread(server, talk, 2000)
                 server.process.send_signal(signal.SIGTERM)
                 self.assert_ends_well(talk)
+            with self.assertRaises(subprocess.TimeoutExpired, msg="it should wait for a reader"):
+                server.process.wait(0.3)
             server.stderr.reading.set()
             self.assertEqual(server.process.wait(PATIENCE), 0)
             self.assert_logged_or_counted(server.stderr.all(), 2000, at_least=100)

@@ -43,7 +43,6 @@ SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
 NOT_RUN = {"it is the test command itself": 1, "it is the benchmark": 1, "it needs Docker": 2, "it needs Windows": 1,
            "it needs a browser": 0, "it needs other people's programs": 0}   # these are tables
 """The reasons for which a block may be left out, and how many are."""
-
 WITH_SERVER = ("Testing Scenarios", "Security Explanation", "Troubleshooting")
 """The chapters in which each heading starts on a fresh server."""
 HANDSHAKES = ("The handshake in TLS 1.2", "The handshake in TLS 1.3")
@@ -64,9 +63,6 @@ class Block:
     def starts_server(self) -> bool:
         """Whether it ends with a server that goes on running."""
         return "server/server.py" in self.content.splitlines()[-1] or "serve_forever()" in self.content
-
-
-SERVER = Block("bash", "python3 server/server.py\n")
 
 
 @dataclass
@@ -182,15 +178,6 @@ class Scene:
         self.seen += len(shown)
         return shown
 
-    def in_usual_words(self, shown: str) -> str:
-        """What was shown, with the page's ports, and what ``openssl s_client -msg`` says as OpenSSL 3.0 says it.
-
-        LibreSSL puts no comma there; OpenSSL 3.2 and newer may compress the certificate (RFC 8879).
-        """
-        for usual, port in self.ports.items():
-            shown = shown.replace(port, usual)
-        return re.sub(r"(TLS 1\.\d),? Handshake \[", r"\1, Handshake [", shown).replace("CompressedC", "C")
-
     def close(self) -> None:
         """End all that runs."""
         for terminal in reversed(self.terminals):
@@ -207,7 +194,10 @@ class CommandsTest(unittest.TestCase):
         """The output block, with its ``...``, fits what was shown."""
         self.assertTrue(block.content.replace("...", "").strip(), f"line {block.line}: a block of ... says nothing")
         want = in_words_of_this_openssl(block.content)
-        got = scene.in_usual_words(got)
+        for usual, port in scene.ports.items():
+            got = got.replace(port, usual)
+        # Of s_client -msg: LibreSSL puts no comma there; OpenSSL 3.2 and newer may compress the certificate (RFC 8879).
+        got = re.sub(r"(TLS 1\.\d),? Handshake \[", r"\1, Handshake [", got).replace("CompressedC", "C")
         if not doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS):
             self.fail(f"README.md line {block.line} shows\n{want}\nbut what appears is\n{got}")
 
@@ -228,7 +218,7 @@ class CommandsTest(unittest.TestCase):
         try:
             with contextlib.closing(Scene(with_certificates=not makes_ca)) as scene:
                 if of.chapter in WITH_SERVER and not first.starts_server:
-                    scene.run(SERVER)
+                    scene.run(Block("bash", "python3 server/server.py\n"))
                 for block, following in zip(some, [*some[1:], None], strict=True):
                     if block.language == "text server":
                         self.assert_shown(block, scene.server_shows(block.content), scene)
@@ -295,14 +285,13 @@ class PageTest(unittest.TestCase):
 
     def test_folder_tree(self) -> None:
         """The tree shows the files that there are once the script has run, no more and no fewer."""
-        shown: set[str] = set()
-        folder = ""
-        for line in section("Folder Structure").blocks[0].content.splitlines()[1:]:
-            entry = re.fullmatch(r"([│ ]*)[├└]── ([^ ]+)( .*)?", line)
-            assert entry, line
-            if not entry[1]:
-                folder = entry[2] if entry[2].endswith("/") else ""
-            shown.add(folder + entry[2] if entry[1] else entry[2])
+        _, tree = section("Folder Structure").blocks[0].content.split("\n", 1)
+        entries = re.findall(r"^([│ ]*)[├└]── ([^ \n]+)(?: .*)?$", tree, re.MULTILINE)
+        self.assertEqual(len(entries), tree.count("\n"), "lines that are no entries")
+        folder, shown = "", set[str]()
+        for within, name in entries:
+            folder = folder if within else name
+            shown.add(folder + name if within else name)
         root = copy_of_project(with_certificates=True)
         real = {path.relative_to(root).as_posix() + "/" * path.is_dir()
                 for folder in ("", "certs/", "client/", "server/") for path in root.glob(f"{folder}[!.]*")}
@@ -323,10 +312,7 @@ class PageTest(unittest.TestCase):
                     self.assertIn(f"default {default}", entries[name.split()[0]])
 
     def test_claims(self) -> None:
-        """Limits and deadlines are those that test_connections, test_strict_http and test_server prove.
-
-        The commands for Docker are those of the lab's description.
-        """
+        """Limits and deadlines are those that other tests prove; Docker's commands are those of the description."""
         for claim in (
                 "5 s for a handshake, 10 s for a request, 10 s to take the response, 15 s without a request",
                 "**At most 256 connections are served.**", "Up to 512 may be in their handshake",

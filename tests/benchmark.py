@@ -149,7 +149,7 @@ class Server(NamedTuple):
         # ps knows no peak, and the time as [[days-]hours:]minutes:seconds
         taken, memory = subprocess.check_output(["ps", "-o", "time=", "-o", "rss=", "-p", str(pid)], text=True).split()
         parts = reversed(taken.replace("-", ":").split(":"))
-        return sum(float(part) * unit for part, unit in zip(parts, (1, 60, 3600, 86400))), int(memory) / 1024
+        return sum(float(part) * unit for part, unit in zip(parts, (1, 60, 3600, 86400), strict=False)), int(memory) / 1024
 
 
 @contextlib.contextmanager
@@ -451,12 +451,12 @@ def measure_all(rounds: int, quick: bool, against: Path | None) -> Samples:
 
 def medians(rounds: Sequence[Sample]) -> Sample:
     """The median of each field."""
-    return Sample(*map(statistics.median, zip(*rounds)))
+    return Sample(*map(statistics.median, zip(*rounds, strict=True)))
 
 
 def table(rows: Sequence[Sequence[str]]) -> str:
     """Columns as wide as they need; the first aligned to the left."""
-    widths = [max(map(len, column)) for column in zip(*rows)]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(["", row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]) for row in rows)
 
 

@@ -22,7 +22,17 @@ from pathlib import Path
 from typing import Any
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire, comes_true, lab, request
+from tests.support import (
+    DESCRIPTORS,
+    PATIENCE,
+    Server,
+    ServerCase,
+    Talk,
+    Wire,
+    comes_true,
+    lab,
+    request,
+)
 from tests.test_strict_http import TLS_VERSIONS, todo
 
 MAX_GUESTS, MAX_STRANGERS = 256, 512   # served at once; in their handshake, or being seen off

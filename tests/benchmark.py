@@ -149,7 +149,8 @@ class Server(NamedTuple):
         # ps knows no peak, and the time as [[days-]hours:]minutes:seconds
         taken, memory = subprocess.check_output(["ps", "-o", "time=", "-o", "rss=", "-p", str(pid)], text=True).split()
         parts = reversed(taken.replace("-", ":").split(":"))
-        return sum(float(part) * unit for part, unit in zip(parts, (1, 60, 3600, 86400), strict=False)), int(memory) / 1024
+        seconds = sum(float(part) * unit for part, unit in zip(parts, (1, 60, 3600, 86400), strict=False))
+        return seconds, int(memory) / 1024
 
 
 @contextlib.contextmanager

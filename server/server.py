@@ -247,7 +247,7 @@ class Log:
                 if self.dropped and self.entries.empty():
                     with self.counting:
                         number, self.dropped = self.dropped, 0
-                    sys.stderr.write(f"[SERVER] LOG | {number} entries dropped: nobody read the log\n")
+                    sys.stderr.write(f"[SERVER] LOG | {number} entries dropped: the log was not read fast enough\n")
                 sys.stderr.flush()
             time.sleep(0.002)   # what comes meanwhile is one write: a wake-up for each is a third of a GET's CPU
 

@@ -525,7 +525,7 @@ class TestLog(ServerCase):
         numbers = [int(found) for line in lines for found in re.findall(r"n=(\d+) HTTP", line)]
         self.assertEqual(numbers, sorted(set(numbers)), "what is logged stands in its order")
         self.assertIn(len(numbers), range(at_least, requests), "the queue has its length, and the pipe has an end")
-        dropped = re.findall(r"^\[SERVER\] LOG \| (\d+) entries dropped: the log was not read fast enough$", "\n".join(lines), re.M)
+        dropped = re.findall(r"^\[SERVER\] LOG \| (\d+) entries dropped: .* not read fast enough$", "\n".join(lines), re.M)
         self.assertEqual(len(numbers) + sum(map(int, dropped)), requests)
         for line, following in zip(lines, [*lines[1:], "serving"], strict=True):
             self.assertTrue("REQUEST" not in line or "serving" in following, "an entry is logged or dropped whole")

@@ -310,8 +310,7 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
         load_with_ca(context, CERTS)
         verify_own_certificate(context, CERTS)
     except PermissionError as error:
-        sys.exit(f"[SERVER] ERROR: may not read {error.filename}; see whose it is (ls -l), or make new ones: "
-                 "bash certs/gen_certs.sh")
+        sys.exit(f"[SERVER] ERROR: may not read {error.filename}; see whose it is: ls -l {CERTS}")
     except ssl.SSLError as error:
         if getattr(error, "verify_code", 0) not in (9, 10):   # not yet valid, expired
             sys.exit(f"[SERVER] ERROR: {CERTS}: ca.crt, server.crt and server.key do not fit or cannot be used "
@@ -321,7 +320,7 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
               "look at the clock, or renew it (see README.md)", file=sys.stderr)
     except OSError as error:
         sys.exit(f"[SERVER] ERROR: cannot read {error.filename} ({error.strerror}); "
-                 "make the certificates: bash certs/gen_certs.sh")
+                 "make the certificates, CA included: bash certs/gen_certs.sh")
     try:
         return TodoServer((host, port), context, allowed_cns)
     except (OSError, UnicodeError) as error:
@@ -349,7 +348,8 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, stop)
     signal.signal(signal.SIGTERM, stop)
-    # The handshakes happen in this thread, the requests in threads of their own: see connections.py.
+    # Here the doorman's thread begins: it leads all handshakes. Whoever gets through them is served by
+    # a thread of his own (see connections.py).
     threading.Thread(target=server.serve_forever, daemon=True).start()
     host = f"[{arguments.host}]" if ":" in arguments.host else arguments.host
     port = server.server_address[1]

@@ -595,7 +595,7 @@ class TestStart(ServerCase):
             (dict(client), "server.crt.* run bash certs/gen_certs.sh again"),
         ]
         if os.getuid():   # root may read everything
-            cases.append(({"server.key": unreadable}, "may not read .*server.key"))
+            cases.append(({"server.key": unreadable}, "may not read .*server.key; see whose it is: ls -l .*certs$"))
 
         def start(case: tuple[dict[str, bytes | None], str]) -> subprocess.CompletedProcess[str]:
             of = copy_of_lab("spoilt")

@@ -442,9 +442,9 @@ def measure(server: Server, loads: list[ProcessPoolExecutor], job: Job, attack: 
     answers = len(latencies)
     return Sample(
         rate=answers / max(seconds for _, seconds, _ in parts),
-        p50=latencies[answers // 2] * 1000 if answers else math.nan,
-        p99=latencies[answers * 99 // 100] * 1000 if answers else math.nan,
-        cpu=(after - before) / answers * 1e6 if answers else math.nan,
+        p50=latencies[answers // 2] * 1000 if answers else math.inf,
+        p99=latencies[answers * 99 // 100] * 1000 if answers else math.inf,
+        cpu=(after - before) / answers * 1e6 if answers else math.inf,
         memory=memory, errors=errors.total(),
     )
 

@@ -297,9 +297,9 @@ class Connection(asyncio.BufferedProtocol):
             with contextlib.suppress(ssl.SSLError):   # the peer's close_notify is not here
                 self.tls.unwrap()
         self.flush()
+        self.enter(Phase.REFUSED if refused else Phase.LINGERING)
         if self.transport.is_closing():
             return
-        self.enter(Phase.REFUSED if refused else Phase.LINGERING)
         self.server.make_pending(self)
         if self.ended:
             self.transport.close()

@@ -180,7 +180,8 @@ class Connection(asyncio.BufferedProtocol):
             self.handler = self.server.RequestHandlerClass(self, self.address, self.server)
             self.enter(Phase.IDLE)
             while await self.exchange():
-                await asyncio.sleep(0)   # one request per turn: pipelining must not keep others waiting
+                if not self.is_idle:
+                    await asyncio.sleep(0)   # one request per turn: who pipelines must not keep others waiting
             self.linger()
         except OSError as error:
             if self.phase in (Phase.HANDSHAKE, Phase.WAITING):
@@ -217,7 +218,8 @@ class Connection(asyncio.BufferedProtocol):
     async def exchange(self) -> bool:
         """One request and its answer. False if it was the last."""
         while not self.handler.handle_one_request():
-            await self.send(self.handler.wfile.take())   # 100 Continue, or nothing
+            if self.handler.wfile.pieces:
+                await self.send(self.handler.wfile.take())   # 100 Continue
             if self.phase is Phase.IDLE and self.handler.has_begun:
                 self.enter(Phase.REQUEST)
                 self.told_to_end = False   # from here on, only the request's own deadline counts
@@ -240,6 +242,8 @@ class Connection(asyncio.BufferedProtocol):
     def decrypt(self) -> bytes | None:
         """Bytes of a request; None if no more are here, b"" if no more will come."""
         assert self.tls
+        if not (self.incoming.pending or self.ended):
+            return None
         try:
             return self.tls.read(SLICE)
         except ssl.SSLWantReadError:

@@ -1,0 +1,343 @@
+"""The server's own certificates: load them, verify them as a client will, take up new ones.
+
+The files may change at any time, one after the other. So a set counts only if all of it loads and
+fits together, and no file has changed meanwhile; until then the server goes on with the former
+one. A set is loaded into a new context: connections keep the one that they began with.
+
+What is wrong with a file is said in words, with one step that helps and destroys nothing.
+"""
+
+import contextlib
+import os
+import re
+import ssl
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+FILES = ("ca.crt", "server.crt", "server.key")
+PATIENCE = 5.0   # seconds that a new set may be unusable before the log says so: a move is over sooner
+
+NO_CHECK_TIME = 0x200000   # X509_V_FLAG_NO_CHECK_TIME, for which Python has no name
+
+
+class Unusable(Exception):
+    """One line: what is wrong with which file, and the one next step."""
+
+
+class Found(NamedTuple):
+    """A set of files that fits together."""
+
+    ca: bytes               # ca.crt: one CA or several
+    certificate: bytes      # server.crt
+    cas: frozenset[bytes]   # the CAs in ca.crt, in DER
+    issuer: bytes           # the one of them that has signed server.crt, in PEM
+    valid_until: str        # of server.crt, as OpenSSL writes it
+    warning: str | None     # why clients will refuse server.crt, and what to do
+
+
+class Certificates:
+    """The context for new connections, made anew when ca.crt, server.crt or server.key change.
+
+    ``make_context`` takes the folder and returns a server's context with its files loaded. Raises
+    Unusable if they cannot be used. ``generation`` grows with each change of ca.crt: a connection
+    with a former one was authenticated by a CA that may no longer be trusted. ``warning`` says why
+    clients will refuse server.crt, if they will.
+    """
+
+    context: ssl.SSLContext
+    found: Found
+
+    def __init__(self, folder: Path, make_context: Callable[[Path], ssl.SSLContext]) -> None:
+        self.folder, self.make_context = folder, make_context
+        self.generation = 0
+        self.stamps: list[tuple[int, ...] | None] = []   # of the files in use
+        self.problem, self.since, self.told = "", 0.0, False
+        self.take_up()
+
+    def look(self) -> str | None:
+        """Take up the files if they have changed. Returns a line for the log, or None. Call it once a second."""
+        former, generation, told = self.found, self.generation, self.told
+        try:
+            if self.stamps != file_stamps(self.folder):
+                self.take_up()
+        except Unusable as error:
+            return self.complaint(str(error))
+        self.problem, self.told = "", False
+        news = "new ones are in use"
+        if (former.ca, former.certificate) == (self.found.ca, self.found.certificate):   # then the key is the same, too
+            if not told:
+                return None
+            news = "the former ones are back"
+        line = f"CERTIFICATES | {news} | server.crt valid until {self.found.valid_until}"
+        if self.generation != generation:
+            line += " | ca.crt has changed" if former.cas & self.found.cas else " | the CA is new"
+        return f"{line} | WARNING: {self.warning}" if self.warning else line
+
+    def take_up(self) -> None:
+        """Load what is in the folder and use it from now on. Raises Unusable, and then nothing is changed."""
+        stamps = file_stamps(self.folder)
+        found = verified(self.folder)
+        try:
+            context = self.make_context(self.folder)
+            send_with_ca(context, self.folder, found)
+        except OSError as error:   # ssl.SSLError is one
+            raise Unusable(f"{self.folder}: cannot use these certificates ({in_words(error)}); "
+                           "are they being replaced?") from None
+        if file_stamps(self.folder) != stamps:
+            raise Unusable(f"{self.folder}: the certificates are being replaced; try again when that is done")
+        if self.stamps and self.found.ca != found.ca:
+            self.generation += 1
+        self.stamps, self.found, self.context, self.warning = stamps, found, context, found.warning
+
+    def complaint(self, problem: str) -> str | None:
+        """The line about a problem that has lasted for some time: once for each."""
+        if problem != self.problem:
+            self.problem, self.since, self.told = problem, time.monotonic(), False
+        if self.told or time.monotonic() - self.since < PATIENCE:
+            return None
+        self.told = True
+        return f"CERTIFICATES | the former ones stay in use | {problem}"
+
+
+def file_stamps(folder: Path) -> list[tuple[int, ...] | None]:
+    """What changes when a file is replaced or written to; None for one that is not there."""
+    stamps: list[tuple[int, ...] | None] = []
+    for name in FILES:
+        try:
+            status = (folder / name).stat()
+            stamps.append((status.st_ino, status.st_size, status.st_mtime_ns))
+        except OSError:
+            stamps.append(None)
+    return stamps
+
+
+def send_with_ca(context: ssl.SSLContext, folder: Path, found: Found) -> None:
+    """Load our certificate once more, with the CA's after it in one file.
+
+    OpenSSL sends both in any case, but a chain that it is not given, it looks for and verifies
+    in every handshake: 6 % of the CPU time. Where no temporary file can be, that is the price.
+    """
+    with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as temporary:
+        chain = Path(temporary) / "chain.pem"
+        chain.write_bytes(found.certificate + b"\n" + found.issuer)
+        context.load_cert_chain(chain, folder / "server.key", password="")
+
+
+# --- Verify them as a client will ----------------------------------------------------------
+
+def verified(folder: Path) -> Found:
+    """The set in the folder. Raises Unusable if a client that trusts ca.crt could not use it, save for its dates."""
+    contents = [read(folder / name) for name in FILES]
+    ca, certificate, key = (folder / name for name in FILES)
+    client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    load(ca, lambda: client.load_verify_locations(ca))
+    load(certificate, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificate))
+    if not client.get_ca_certs():
+        raise Unusable(f"{ca}: is no CA's certificate; {cure(ca)}")
+    server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        # The empty password makes an encrypted key an error; without it, OpenSSL would ask for one.
+        server.load_cert_chain(certificate, key, password="")
+    except ssl.SSLError as error:
+        if "MISMATCH" in (error.reason or ""):
+            raise Unusable(f"{key}: does not belong to server.crt; {cure(certificate)}") from None
+        if error.reason and error.reason.startswith(("EE_", "CA_")):   # too weak for OpenSSL's security level
+            raise Unusable(f"{certificate}: {in_words(error)}; {cure(key)}") from None
+        raise Unusable(f"{key}: is damaged; {cure(key)}") from None
+    try:
+        handshake(client, server)
+    except ssl.SSLError as error:
+        words = getattr(error, "verify_message", None) or in_words(error)
+        problem = PROBLEMS.get(getattr(error, "verify_code", 0), f"does not verify with ca.crt ({words})")
+        raise Unusable(f"{certificate}: {problem}; {cure(certificate)}") from None
+    issuer, trusting = the_issuer(contents[0], server) or (contents[0], client)
+    leaf, root = handshake(trusting, server), trusting.get_ca_certs()[0]
+    return Found(contents[0], contents[1], frozenset(client.get_ca_certs(binary_form=True)), issuer,
+                 str(leaf["notAfter"]), dates(ca, root) or dates(certificate, leaf) or names(certificate, leaf))
+
+
+PROBLEMS = dict.fromkeys((7, 18, 19, 20, 21), "is not signed by the CA in ca.crt") | {
+    26: "is not for a server (see its extendedKeyUsage)",
+}
+"""What is wrong with server.crt, by OpenSSL's code for why it does not verify."""
+
+
+def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any]:
+    """The server's certificate as such a client sees it, in a handshake within memory, whatever its dates and names.
+
+    Raises ssl.SSLError.
+    """
+    client.check_hostname = False
+    client.verify_flags |= NO_CHECK_TIME
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    theirs = client.wrap_bio(to_client, to_server)
+    ours = server.wrap_bio(to_server, to_client, server_side=True)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        theirs.do_handshake()
+    with contextlib.suppress(ssl.SSLWantReadError):
+        ours.do_handshake()
+    theirs.do_handshake()
+    return theirs.getpeercert() or {}
+
+
+def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, ssl.SSLContext] | None:
+    """Of several CAs, which may have the same name, the one that has signed, and a context that trusts only it."""
+    for block in re.findall(rb"-----BEGIN [A-Z0-9 ]+-----.+?-----END [A-Z0-9 ]+-----", ca, re.DOTALL):
+        client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN   # it need not be a root
+        with contextlib.suppress(ssl.SSLError, UnicodeError):
+            client.load_verify_locations(cadata=block.decode("ascii"))
+            handshake(client, server)
+            return block + b"\n", client
+    return None
+
+
+def dates(file: Path, certificate: dict[str, Any]) -> str | None:
+    """Why a client will refuse this certificate today, and what to do; None if it will not."""
+    renew = "bash certs/gen_certs.sh" + ("" if file.name == "ca.crt" else " renew")
+    if time.time() < ssl.cert_time_to_seconds(certificate["notBefore"]):
+        return (f"{file}: certificate is not yet valid (before {certificate['notBefore']}): clients will refuse it; "
+                f"set the clock of this machine, or make it anew: {renew}")
+    if time.time() > ssl.cert_time_to_seconds(certificate["notAfter"]):
+        return (f"{file}: certificate has expired ({certificate['notAfter']}): clients will refuse it; "
+                f"make it anew: {renew}")
+    return None
+
+
+def names(file: Path, certificate: dict[str, Any]) -> str | None:
+    """The same for a certificate that was signed without the extensions of server.cnf."""
+    if "subjectAltName" in certificate:
+        return None
+    return f"{file}: has no names (subjectAltName): clients will refuse it; {cure(file)}"
+
+
+# --- What is wrong with a file, and what to do ---------------------------------------------
+
+_LENGTH = rb"(?:[\0-\x80]|\x81.|\x82..|\x83...)"   # of what follows, in DER
+LOOKS = {
+    "a certificate": rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----",
+    "a certificate request (CSR), not yet signed": rb"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----",
+    "a private key with a password": rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|\nProc-Type: 4,ENCRYPTED",
+    "a private key": rb"-----BEGIN (?:(?!ENCRYPTED)[A-Z]+ )?PRIVATE KEY-----",
+    "a PFX (PKCS#12)": rb"\A\x30" + _LENGTH + rb"\x02\x01\x03",
+    "a certificate in DER": rb"\A\x30" + _LENGTH + rb"\x30" + _LENGTH + rb"\xa0",
+    "a private key in DER": rb"\A\x30" + _LENGTH + rb"\x02\x01[\0\1]",
+    "nothing": rb"\A\s*\Z",
+}
+"""What a file holds, by how it looks: PEM by its first line, DER by its first bytes."""
+
+CONVERT = {
+    ("ca.crt", "a PFX (PKCS#12)"): "pkcs12 -cacerts -nokeys",
+    ("server.crt", "a PFX (PKCS#12)"): "pkcs12 -clcerts -nokeys",
+    ("server.key", "a PFX (PKCS#12)"): "pkcs12 -nocerts -nodes",
+    ("ca.crt", "a certificate in DER"): "x509 -inform DER",
+    ("server.crt", "a certificate in DER"): "x509 -inform DER",
+    ("server.key", "a private key in DER"): "pkey -inform DER",
+    ("server.key", "a private key with a password"): "pkey",
+}
+"""The openssl command that makes of it what is wanted."""
+
+
+def read(file: Path) -> bytes:
+    """The content of a file that looks like what it should be. Raises Unusable."""
+    try:
+        if file.is_dir():
+            raise Unusable(f"{file}: is a folder (Docker makes one for a mount that is not there); "
+                           f"remove it: rmdir certs/{file.name}")
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise Unusable(f"{file}: is missing; {cure(file)}") from None
+    except PermissionError:
+        raise Unusable(f"{file}: may not be read; {permit(file)}") from None
+    except OSError as error:
+        raise Unusable(f"{file}: cannot be read ({error.strerror}); {cure(file)}") from None
+    holds = [what for what, pattern in LOOKS.items() if re.search(pattern, content, re.DOTALL)]
+    holds = holds or ["neither PEM nor DER"]
+    wanted = "a private key" if file.name == "server.key" else "a certificate"
+    if wanted in holds and "a private key with a password" not in holds:
+        return content
+    step = cure(file)
+    if command := CONVERT.get((file.name, holds[0])):
+        step = f"openssl {command} -in certs/{file.name} -out certs/new.pem"
+        if wanted == "a private key":   # it must be private from the moment it exists
+            step = f"(umask 077; {step})"
+        step = f"convert it: {step} && mv certs/new.pem certs/{file.name}"
+    raise Unusable(f"{file}: holds {holds[0]}, it should hold {wanted}; {step}")
+
+
+def load(file: Path, attempt: Callable[[], None]) -> None:
+    """Try to load a file that looks like a certificate. Raises Unusable."""
+    try:
+        attempt()
+    except OSError as error:
+        raise Unusable(f"{file}: is damaged ({in_words(error)}); {cure(file)}") from None
+
+
+def cure(file: Path) -> str:
+    """The step that brings back a file which is missing or of no use, at the least cost."""
+    def has(name: str) -> bool:
+        return (file.parent / name).exists()
+
+    if file.name == "ca.crt":
+        if has("ca.key"):
+            return ("make it again from its key: openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt "
+                    "-config certs/ca.cnf")
+        if has("server.crt"):
+            return "copy it from where server.crt was made, or begin with a new CA: bash certs/gen_certs.sh"
+        return "make the certificates, CA included: bash certs/gen_certs.sh"
+    if not has("ca.crt") or not has("ca.key"):
+        return "copy it from where the CA is"
+    if file.name == "server.key" and has("server.key"):   # renew keeps a key that is there
+        return ("make another: mv certs/server.key certs/server.key.unusable && bash certs/gen_certs.sh renew")
+    return "make it anew with the CA that is there: bash certs/gen_certs.sh renew"
+
+
+def permit(file: Path) -> str:
+    """The step that lets us read a file, and nobody else."""
+    try:
+        owner = file.owner()
+        if file.stat().st_uid == os.getuid():
+            return f"it is yours: chmod u+r certs/{file.name}"
+    except (KeyError, OSError, NotImplementedError):   # unknown, in a closed folder, Windows
+        return f"see whose it is: ls -l {file.parent}"
+    return f'it belongs to {owner}; start the server as {owner}, or: sudo chown "$(id -un)" certs/{file.name}'
+
+
+# --- Why a handshake failed ----------------------------------------------------------------
+
+ALERTS = {
+    "unknown ca": "it does not trust the CA that signed server.crt; is its ca.crt the same as ours?",
+    "decrypt error": "a CA of the same name, but with another key, signed server.crt; is its ca.crt the same as ours?",
+    "certificate expired": "server.crt has expired, by its clock",
+    "unsupported certificate": "server.crt is not for a server (see its extendedKeyUsage)",
+    "certificate revoked": "server.crt is revoked",
+    "bad certificate": "look at the names in server.crt, its dates and its CA",
+    "certificate unknown": "look at the names in server.crt, its dates and its CA",
+}
+"""What a client says of our certificate, by the alert's name."""
+
+VERIFY = dict.fromkeys((7, 18, 19, 20, 21), "; no CA in ca.crt has signed it") | {
+    26: "; it is not for a client (see its extendedKeyUsage)",
+}
+"""What OpenSSL's words for why we refuse a client's certificate leave open, by its code."""
+
+
+def in_words(error: Exception) -> str:
+    """Why a handshake failed, in one line: who refused whom, and what to look at."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"client certificate refused: {error.verify_message}{VERIFY.get(error.verify_code, '')}"
+    text = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
+    text = re.sub(r"\[\w+(: \w+)?\] | ?\(_ssl\.c:\d+\)", "", text).replace("_", " ").lower()
+    # What stands before "alert" is OpenSSL's history: "sslv3 alert bad certificate" also over TLS 1.3.
+    if alert := re.search(r"\balert (.+)", text):
+        if alert[1] in ALERTS:
+            return f"the client refused our certificate (alert {alert[1]}): {ALERTS[alert[1]]}"
+        return f"the client ended the handshake (alert {alert[1]})"
+    if isinstance(error, ssl.SSLEOFError) or "unexpected eof" in text:
+        return "the client left before the handshake was over (eof); if it says why, it does so on its side"
+    if text == "http request":
+        return "http request without TLS; the client must use https://"
+    return re.sub(r"[^ -~]", "?", text)[:200]

@@ -142,7 +142,7 @@ def verified(folder: Path) -> Found:
         # The empty password makes an encrypted key an error; without it, OpenSSL would ask for one.
         server.load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
-        if "MISMATCH" in (error.reason or ""):
+        if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):   # the latter: RSA beside EC
             raise Unusable(f"{key}: does not belong to server.crt; {cure(certificate)}") from None
         if error.reason and error.reason.startswith(("EE_", "CA_")):   # too weak for OpenSSL's security level
             raise Unusable(f"{certificate}: {in_words(error)}; {cure(key)}") from None
@@ -197,13 +197,11 @@ def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, ssl.SSLContext
 
 def dates(file: Path, certificate: dict[str, Any]) -> str | None:
     """Why a client will refuse this certificate today, and what to do; None if it will not."""
-    renew = "bash certs/gen_certs.sh" + ("" if file.name == "ca.crt" else " renew")
     if time.time() < ssl.cert_time_to_seconds(certificate["notBefore"]):
         return (f"{file}: certificate is not yet valid (before {certificate['notBefore']}): clients will refuse it; "
-                f"set the clock of this machine, or make it anew: {renew}")
+                f"set this machine's clock, or {cure(file)}")
     if time.time() > ssl.cert_time_to_seconds(certificate["notAfter"]):
-        return (f"{file}: certificate has expired ({certificate['notAfter']}): clients will refuse it; "
-                f"make it anew: {renew}")
+        return f"{file}: certificate has expired ({certificate['notAfter']}): clients will refuse it; {cure(file)}"
     return None
 
 
@@ -219,7 +217,7 @@ def names(file: Path, certificate: dict[str, Any]) -> str | None:
 _LENGTH = rb"(?:[\0-\x80]|\x81.|\x82..|\x83...)"   # of what follows, in DER
 LOOKS = {
     "a certificate": rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----",
-    "a certificate request (CSR), not yet signed": rb"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----",
+    "a certificate request (CSR)": rb"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----",
     "a private key with a password": rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|\nProc-Type: 4,ENCRYPTED",
     "a private key": rb"-----BEGIN (?:(?!ENCRYPTED)[A-Z]+ )?PRIVATE KEY-----",
     "a PFX (PKCS#12)": rb"\A\x30" + _LENGTH + rb"\x02\x01\x03",
@@ -264,16 +262,17 @@ def read(file: Path) -> bytes:
         step = f"openssl {command} -in certs/{file.name} -out certs/new.pem"
         if wanted == "a private key":   # it must be private from the moment it exists
             step = f"(umask 077; {step})"
-        step = f"convert it: {step} && mv certs/new.pem certs/{file.name}"
-    raise Unusable(f"{file}: holds {holds[0]}, it should hold {wanted}; {step}")
+        purpose = "remove the password" if command == "pkey" else "convert it"
+        step = f"{purpose}: {step} && mv certs/new.pem certs/{file.name}"
+    raise Unusable(f"{file}: holds {holds[0]}, but should hold {wanted} in PEM; {step}")
 
 
 def load(file: Path, attempt: Callable[[], None]) -> None:
     """Try to load a file that looks like a certificate. Raises Unusable."""
     try:
         attempt()
-    except OSError as error:
-        raise Unusable(f"{file}: is damaged ({in_words(error)}); {cure(file)}") from None
+    except ssl.SSLError:
+        raise Unusable(f"{file}: is damaged; {cure(file)}") from None
 
 
 def cure(file: Path) -> str:
@@ -290,9 +289,10 @@ def cure(file: Path) -> str:
         return "make the certificates, CA included: bash certs/gen_certs.sh"
     if not has("ca.crt") or not has("ca.key"):
         return "copy it from where the CA is"
+    renew = "bash certs/gen_certs.sh renew" + (" server" if has("client.crt") else "")   # a lab without it needs both
     if file.name == "server.key" and has("server.key"):   # renew keeps a key that is there
-        return ("make another: mv certs/server.key certs/server.key.unusable && bash certs/gen_certs.sh renew")
-    return "make it anew with the CA that is there: bash certs/gen_certs.sh renew"
+        return f"make another: mv certs/server.key certs/server.old.key && {renew}"
+    return f"make it anew with the CA that is there: {renew}"
 
 
 def permit(file: Path) -> str:

@@ -148,15 +148,15 @@ def verified(folder: Path) -> Found:
             raise Unusable(f"{certificate}: {in_words(error)}; {cure(key)}") from None
         raise Unusable(f"{key}: is damaged; {cure(key)}") from None
     try:
-        handshake(client, server)
+        leaf = handshake(client, server)
     except ssl.SSLError as error:
         words = getattr(error, "verify_message", None) or in_words(error)
         problem = PROBLEMS.get(getattr(error, "verify_code", 0), f"does not verify with ca.crt ({words})")
         raise Unusable(f"{certificate}: {problem}; {cure(certificate)}") from None
-    issuer, trusting = the_issuer(contents[0], server) or (contents[0], client)
-    leaf, root = handshake(trusting, server), trusting.get_ca_certs()[0]
+    issuer, about_issuer = the_issuer(contents[0], server)
+    warning = dates(ca, about_issuer) or dates(certificate, leaf) or names(certificate, leaf)
     return Found(contents[0], contents[1], frozenset(client.get_ca_certs(binary_form=True)), issuer,
-                 str(leaf["notAfter"]), dates(ca, root) or dates(certificate, leaf) or names(certificate, leaf))
+                 str(leaf["notAfter"]), warning)
 
 
 PROBLEMS = dict.fromkeys((7, 18, 19, 20, 21), "is not signed by the CA in ca.crt") | {
@@ -183,25 +183,27 @@ def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any]:
     return theirs.getpeercert() or {}
 
 
-def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, ssl.SSLContext] | None:
-    """Of several CAs, which may have the same name, the one that has signed, and a context that trusts only it."""
-    for block in re.findall(rb"-----BEGIN [A-Z0-9 ]+-----.+?-----END [A-Z0-9 ]+-----", ca, re.DOTALL):
+def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, dict[str, Any]]:
+    """Of the CAs in ca.crt, which may have the same name, the one that has signed: in PEM, and what it says."""
+    for block in re.findall(rb"-----BEGIN [A-Z0-9 ]+-----.+?-----END [A-Z0-9 ]+-----\n?", ca, re.DOTALL):
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN   # it need not be a root
         with contextlib.suppress(ssl.SSLError, UnicodeError):
             client.load_verify_locations(cadata=block.decode("ascii"))
             handshake(client, server)
-            return block + b"\n", client
-    return None
+            for about in client.get_ca_certs():   # none if it is server.crt itself
+                return block, about
+    return b"", {}
 
 
-def dates(file: Path, certificate: dict[str, Any]) -> str | None:
+def dates(file: Path, about: dict[str, Any]) -> str | None:
     """Why a client will refuse this certificate today, and what to do; None if it will not."""
-    if time.time() < ssl.cert_time_to_seconds(certificate["notBefore"]):
-        return (f"{file}: certificate is not yet valid (before {certificate['notBefore']}): clients will refuse it; "
+    start, end = about.get("notBefore"), about.get("notAfter")
+    if start and time.time() < ssl.cert_time_to_seconds(start):
+        return (f"{file}: certificate is not yet valid (before {start}): clients will refuse it; "
                 f"set this machine's clock, or {cure(file)}")
-    if time.time() > ssl.cert_time_to_seconds(certificate["notAfter"]):
-        return f"{file}: certificate has expired ({certificate['notAfter']}): clients will refuse it; {cure(file)}"
+    if end and time.time() > ssl.cert_time_to_seconds(end):
+        return f"{file}: certificate has expired ({end}): clients will refuse it; {cure(file)}"
     return None
 
 
@@ -331,13 +333,13 @@ def in_words(error: Exception) -> str:
         return f"client certificate refused: {error.verify_message}{VERIFY.get(error.verify_code, '')}"
     text = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
     text = re.sub(r"\[\w+(: \w+)?\] | ?\(_ssl\.c:\d+\)", "", text).replace("_", " ").lower()
-    # What stands before "alert" is OpenSSL's history: "sslv3 alert bad certificate" also over TLS 1.3.
-    if alert := re.search(r"\balert (.+)", text):
+    # What stands before the alert's name is OpenSSL's history: "sslv3 alert bad certificate" also over TLS 1.3.
+    if alert := re.match(r"(?:(?:\S+ )?alert|tlsv1) (.+)", text):
         if alert[1] in ALERTS:
             return f"the client refused our certificate (alert {alert[1]}): {ALERTS[alert[1]]}"
         return f"the client ended the handshake (alert {alert[1]})"
     if isinstance(error, ssl.SSLEOFError) or "unexpected eof" in text:
-        return "the client left before the handshake was over (eof); if it says why, it does so on its side"
+        return "the client closed the connection during the handshake (eof); its own output may say why"
     if text == "http request":
         return "http request without TLS; the client must use https://"
     return re.sub(r"[^ -~]", "?", text)[:200]

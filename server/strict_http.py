@@ -1,33 +1,40 @@
-"""HTTP/1.1, read strictly: what two programs could understand differently is refused.
+"""HTTP/1.1, read strictly and without I/O: bytes go in, a response or "more, please" comes out.
 
 Where two readers see different headers or a different end of a body, that body can become a
 second request (request smuggling, RFC 9112 section 11.2). So nothing is guessed here, and the
 e-mail parser of http.server, which lets lines without a colon and bare CRs pass, is not used.
 
-A handler reads one request after the other. Override `answer`, which answers one of them: with
-`respond`, or by raising `Refusal`. Every answer is JSON.
+A `StrictHandler` has the requests of one connection, one after the other:
+
+    receive(bytes)         add what has arrived
+    handle_one_request()   answer the next request; False if it is not complete yet
+    break_off(...)         answer a request that will not become complete
+    wfile.take()           the bytes to send: after each of these calls, also after False
+
+It never waits and touches no socket, so its rules can be tested by calling it. A subclass judges a
+request by its head in `judge`, and answers it in ``do_GET`` and the like, with `respond` or by
+raising `Refusal`. Every answer is JSON.
 """
 
 from __future__ import annotations
 
-import contextlib
 import email.utils
 import functools
 import http.server
+import itertools
 import json
 import re
 import sys
 import time
 from http import HTTPStatus
-from io import BufferedReader
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from connections import DEADLINES, DoormanServer, Guest, Phase
-
-MAX_LINE = 64 * 1024   # bytes of the request line, and of one header line
-MAX_HEADERS = 100      # lines
-MAX_DEPTH = 100        # levels of arrays and objects in a JSON body
-MAX_LOGGED = 200       # characters of a request line that are logged
+MAX_LINE = 64 * 1024        # bytes of the request line, and of one header line
+MAX_HEAD = 2 * MAX_LINE     # bytes of all header lines together: 1,024 connections can have one at a time
+MAX_HEADERS = 100           # lines
+MAX_EMPTY_LINES = 8         # before a request: each costs time, and none is needed
+MAX_DEPTH = 100             # levels of arrays and objects in a JSON body
+MAX_LOGGED = 200            # characters of a request line that are logged
 
 TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                                # RFC 9110 section 5.6.2
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([1-9])\.([0-9])\r?\n")   # RFC 9112 section 3
@@ -36,7 +43,7 @@ HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]*)(?::\d*)?"                  
 ABSOLUTE = re.compile(rf"https?://(?=[^/:]){HOST}(?=/)", re.ASCII | re.IGNORECASE)     # RFC 9112 section 3.2.2
 STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")   # control characters that JSON does not escape
 
-date_in_words = functools.lru_cache(maxsize=1)(email.utils.formatdate)
+http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
 
 class Refusal(Exception):
@@ -47,71 +54,164 @@ class Refusal(Exception):
         self.status, self.headers = status, headers
 
 
+class Response:
+    """A file to write a response to. It keeps the pieces as they are: a large body is not copied."""
+
+    def __init__(self) -> None:
+        self.pieces: list[bytes] = []
+
+    def write(self, piece: bytes) -> None:
+        """Add a piece."""
+        self.pieces.append(piece)
+
+    def flush(self) -> None:
+        """Nothing to do."""
+
+    def take(self) -> list[bytes]:
+        """What has been written since the last call."""
+        pieces, self.pieces = self.pieces, []
+        return pieces
+
+
 class StrictHandler(http.server.BaseHTTPRequestHandler):
-    """The requests of one connection."""
+    """The requests of one connection. ``server`` says with ``keeps_alive(connection)`` whether it may go on."""
 
     protocol_version = "HTTP/1.1"
-    wbufsize = -1                   # buffer, so that head and body leave in one write
-    server: DoormanServer
-    connection: Guest
-    rfile: BufferedReader
-    fields: dict[str, list[str]]    # the headers' values, by their names in small letters
-    keep_alive: bool                # what the client wants
+    server: Any
+    connection: Any
+    wfile: Any                      # a Response
+    fields: dict[str, list[str]]    # the headers' values, by their names in lower case
+    body: bytes                     # of the request, in do_POST
 
-    def answer(self) -> None:
-        """Answer a request: ``command``, ``path`` and ``fields`` are sound, its body (`read_body`) not yet read."""
+    def __init__(self, request: Any, client_address: Any, server: Any) -> None:
+        """As in socketserver, but there is nothing to handle yet: the requests come through `receive`."""
+        self.request = self.connection = request
+        self.client_address, self.server = client_address, server
+        self.received = bytearray()
+        self.wfile = Response()
+        self.begin()
+
+    def begin(self) -> None:
+        """Expect a new request. (Whether one may come, ``close_connection`` still says.)"""
+        self.requestline, self.command, self.request_version = "", "", "HTTP/1.1"
+        self.fields = {}
+        self.empty_lines = self.header_lines = self.header_bytes = 0
+        self.searched = 0               # bytes of `received` that hold no line end
+        self.wanted: int | None = None  # bytes of the body, once the head is complete
+
+    # --- Bytes in, a response out --------------------------------------------------------------
+
+    def receive(self, data: bytes) -> None:
+        """Add bytes that have arrived."""
+        self.received += data
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything of a request is there; an empty line before it is not."""
+        return bool(self.requestline) or self.received not in (b"", b"\r")
+
+    def handle_one_request(self) -> bool:
+        """Answer the next request, if it is complete; False asks for more bytes."""
+        try:
+            if self.wanted is None:
+                if not self.parse_request():
+                    return False
+                self.wanted = 0
+                self.judge()
+            if len(self.received) < self.wanted:
+                return False
+            self.body = self.take(self.wanted)
+            getattr(self, f"do_{self.command}")()
+        except Refusal as refusal:
+            self.refuse(refusal)
+        self.begin()
+        return True
+
+    def break_off(self, after: float | None = None) -> None:
+        """Answer a request that is not complete ``after`` so many seconds, or (None) when its connection ends."""
+        self.requestline = self.requestline or for_log(self.received)
+        self.close_connection = True
+        if after is None:
+            self.refuse(Refusal(HTTPStatus.BAD_REQUEST, "request: ended before it was complete"))
+        else:
+            self.refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, f"request: must be complete within {after:.0f} s"))
+
+    def judge(self) -> None:
+        """Judge a request by its head, before its body is read; call `accept_body` if it may have one.
+
+        ``command``, ``path`` and ``fields`` are sound. Raises Refusal unless there is a ``do_`` method for it.
+        """
         raise NotImplementedError
 
-    def handle_one_request(self) -> None:
-        """Wait for a request, read and answer it. See http.server."""
-        self.requestline, self.command, self.request_version = "", "", "HTTP/1.1"
-        self.close_connection = True   # unless the headers are sound and say otherwise
-        if not self.server.enter(self.connection, Phase.IDLE):
-            return
-        # An empty line between requests, which some clients send, begins none (RFC 9112 section 2.2).
-        begin = b"\n"
-        while begin in (b"\n", b"\r\n"):
-            begin = self.rfile.read(1)
-            if begin == b"\r":
-                begin += self.rfile.read(1)
-        if begin in (b"", b"\r") or not self.server.enter(self.connection, Phase.REQUEST):
-            return
-        try:
-            self.read_request_line(begin)
-            self.read_headers()
-            self.answer()
-        except Refusal as refusal:
-            self.respond(refusal.status, {"error": str(refusal)}, **refusal.headers)
+    # --- Reading -------------------------------------------------------------------------------
 
-    def read_request_line(self, begin: bytes) -> None:
-        """Read the rest of the line that begins so. Raises Refusal."""
-        if begin == b"\x16":   # the first byte of a TLS record: no line end may ever come
-            raise Refusal(HTTPStatus.BAD_REQUEST, "request: is TLS inside TLS")
-        line = begin + self.rfile.readline(MAX_LINE)
+    def take(self, size: int) -> bytes:
+        """Remove so many bytes from what has been received, and return them."""
+        data = bytes(self.received[:size])
+        del self.received[:size]
+        self.searched = 0
+        return data
+
+    def take_line(self, limit: int) -> bytes | None:
+        """The next line with its end; None if its end is not there yet. A line over the limit comes without it."""
+        # Remember how far the search went: else a line that arrives byte by byte costs its length squared.
+        end = self.received.find(b"\n", self.searched, limit)
+        if end < 0 and len(self.received) < limit:
+            self.searched = len(self.received)
+            return None
+        return self.take(end + 1 or limit)
+
+    def parse_request(self) -> bool:
+        """Read the head as far as it is there; False if its end is not. Raises Refusal."""
+        self.close_connection = True   # unless the headers are sound and say otherwise
+        while not self.requestline:
+            if self.received.startswith(b"\x16"):   # the first byte of a TLS record: no line end may ever come
+                self.requestline = for_log(self.received)
+                raise Refusal(HTTPStatus.BAD_REQUEST, "request: is TLS inside TLS")
+            line = self.take_line(MAX_LINE + 1)
+            if line is None:
+                return False
+            if line not in (b"\r\n", b"\n"):
+                self.read_request_line(line)
+                break
+            # An empty line before a request, which some clients send, is skipped (RFC 9112 section 2.2).
+            self.empty_lines += 1
+            if self.empty_lines > MAX_EMPTY_LINES:
+                raise Refusal(HTTPStatus.BAD_REQUEST, "request line: is missing after many empty lines")
+        while (line := self.take_line(MAX_LINE + 1)) not in (b"\r\n", b"\n"):
+            if line is None:
+                return False
+            self.read_header_line(line)
+        self.check_headers()
+        return True
+
+    def read_request_line(self, line: bytes) -> None:
+        """Take the request line apart. Raises Refusal."""
         self.requestline = for_log(line)
         if len(line) > MAX_LINE:
             raise Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "request line: is too long")
         match = REQUEST_LINE.fullmatch(line)
         if not match:
-            raise self.broken(line, "request line: must be METHOD TARGET HTTP/1.1")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "request line: must be METHOD TARGET HTTP/1.1")
         if match[3] != b"1":
             raise Refusal(HTTPStatus.HTTP_VERSION_NOT_SUPPORTED, "HTTP version: must be 1.0 or 1.1")
         self.command = match[1].decode()
         self.request_version = "HTTP/1.0" if match[4] == b"0" else "HTTP/1.1"
         self.path = ABSOLUTE.sub("", match[2].decode(), count=1).partition("?")[0]   # a query changes nothing here
 
-    def read_headers(self) -> None:
-        """Read the header lines up to the empty one, and see what they say of the connection. Raises Refusal."""
-        self.fields = {}
-        left, lines = 2 * MAX_LINE, 0   # bytes for all: 256 connections with 100 long lines each would be 1.6 GB
-        while (line := self.rfile.readline(MAX_LINE + 1)) not in (b"\r\n", b"\n"):
-            left, lines = left - len(line), lines + 1
-            if len(line) > MAX_LINE or left < 0 or lines > MAX_HEADERS:
-                raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers: too long or too many")
-            match = HEADER_LINE.fullmatch(line)
-            if not match:
-                raise self.broken(line, "header line: must be NAME: VALUE")
-            self.fields.setdefault(match[1].decode().lower(), []).append(match[2].decode("latin-1").strip(" \t"))
+    def read_header_line(self, line: bytes) -> None:
+        """Add a header to ``fields``. Raises Refusal."""
+        self.header_lines += 1
+        self.header_bytes += len(line)
+        if len(line) > MAX_LINE or self.header_bytes > MAX_HEAD or self.header_lines > MAX_HEADERS:
+            raise Refusal(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "headers: too long or too many")
+        match = HEADER_LINE.fullmatch(line)
+        if not match:
+            raise Refusal(HTTPStatus.BAD_REQUEST, "header line: must be NAME: VALUE")
+        self.fields.setdefault(match[1].decode().lower(), []).append(match[2].decode("latin-1").strip(" \t"))
+
+    def check_headers(self) -> None:
+        """Check Host, and see whether the connection goes on after the answer. Raises Refusal."""
         hosts = self.fields.get("host", [])   # RFC 9112 section 3.2
         if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
             raise Refusal(HTTPStatus.BAD_REQUEST, "Host header: must be there once")
@@ -123,15 +223,6 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         has_body = "transfer-encoding" in self.fields or set(self.fields.get("content-length", ["0"])) != {"0"}
         self.close_connection = has_body or not self.keep_alive
 
-    def broken(self, line: bytes, rule: str) -> Refusal:
-        """The refusal of a line that breaks the rule, or of what has come of a request that broke off."""
-        if line.endswith(b"\n"):
-            return Refusal(HTTPStatus.BAD_REQUEST, rule)
-        if self.connection.given_up:
-            rule = f"request: must be complete within {DEADLINES[Phase.REQUEST]:.0f} s"
-            return Refusal(HTTPStatus.REQUEST_TIMEOUT, rule)
-        return Refusal(HTTPStatus.BAD_REQUEST, "request: ended before it was complete")
-
     def body_length(self) -> int | None:
         """The Content-Length, None without one. Raises Refusal if it leaves any doubt (RFC 9112 section 6.3)."""
         lengths = {one.strip(" \t") for line in self.fields.get("content-length", []) for one in line.split(",")}
@@ -142,29 +233,25 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         # Python refuses to convert huge numbers.
         return None if digits is None else int(digits) if len(digits) < 20 else sys.maxsize
 
-    def read_body(self, most: int) -> bytes:
-        """The request's body, of so many bytes at most. Raises Refusal."""
-        self.close_connection = True   # until it is read: some send one without a length, too
+    def accept_body(self, limit: int) -> None:
+        """Let the body be read, of so many bytes at most. Raises Refusal."""
+        self.close_connection = True   # some send one without a length, too
         length = self.body_length()
         if length is None:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "Content-Length: must be given; chunked bodies are not taken")
-        if length > most:
-            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body: must have at most {most:,} bytes")
-        if self.fields.get("expect", [""])[0].lower() == "100-continue" and self.request_version == "HTTP/1.1":
-            self.send_response_only(HTTPStatus.CONTINUE)
-            self.end_headers()
-            self.wfile.flush()
-        body = self.rfile.read(length)
-        if len(body) < length:
-            raise self.broken(b"", "")
+        if length > limit:
+            raise Refusal(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"body: must have at most {limit:,} bytes")
+        self.wanted = length
         self.close_connection = not self.keep_alive
-        return body
+        if self.fields.get("expect", [""])[0].lower() == "100-continue" and self.request_version == "HTTP/1.1":
+            self.send_response_only(HTTPStatus.CONTINUE)   # it waits for this before it sends the body
+            self.end_headers()
 
-    def read_json(self, most: int) -> dict[str, object]:
-        """The body, a JSON object (RFC 8259) of so many bytes at most. Raises Refusal."""
+    def json_object(self) -> dict[str, object]:
+        """The body as a JSON object (RFC 8259). Raises Refusal."""
         try:
-            text = self.read_body(most).decode()
-            if depth(text) > MAX_DEPTH:   # judged before: the parser's recursion could exhaust the thread's stack
+            text = self.body.decode()
+            if depth(text) > MAX_DEPTH:   # judged before: the parser's recursion could exhaust the stack
                 raise Refusal(HTTPStatus.BAD_REQUEST, f"body: nested more than {MAX_DEPTH} levels deep")
             value = json.loads(text, parse_constant=not_json, object_pairs_hook=unambiguous)
         except UnicodeDecodeError:
@@ -175,14 +262,14 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.BAD_REQUEST, "body: must be a JSON object")
         return value
 
-    def respond(self, status: HTTPStatus, content: object, **headers: str) -> None:
-        """Send an answer: ``content`` as JSON (bytes: JSON already), which HEAD only measures."""
-        body = content if isinstance(content, bytes) else encode(content)
-        self.server.enter(self.connection, Phase.RESPONSE)
-        self.close_connection |= self.server.stopping
+    # --- Answering -----------------------------------------------------------------------------
+
+    def respond(self, status: HTTPStatus, *body: bytes, **headers: str) -> None:
+        """Write an answer. The body is JSON, in pieces; HEAD only measures it."""
+        self.close_connection |= not self.server.keeps_alive(self.connection)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
-        self.send_header("Content-Length", str(len(body)))
+        self.send_header("Content-Length", str(sum(map(len, body))))
         for name, value in headers.items():
             self.send_header(name, value)
         if self.close_connection:
@@ -191,22 +278,19 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
             self.send_header("Connection", "keep-alive")   # this old client asked for it, and waits to hear
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(body)
-        self.wfile.flush()
+            self.wfile.pieces.extend(body)
+
+    def refuse(self, refusal: Refusal) -> None:
+        """Write the answer to a request that breaks a rule."""
+        self.respond(refusal.status, encode({"error": str(refusal)}), **refusal.headers)
 
     def version_string(self) -> str:
         """The Server header: our name, not Python's version, which helps only attackers."""
         return "mTLS-Lab"
 
     def date_time_string(self, timestamp: float | None = None) -> str:
-        """The Date header, put in words once a second."""
-        return date_in_words(int(time.time()), usegmt=True)
-
-    def finish(self) -> None:
-        """Close both files, also when the peer is gone and the last flush fails."""
-        with contextlib.suppress(OSError):
-            super().finish()
-        self.rfile.close()
+        """The Date header, formatted once a second."""
+        return http_date(int(time.time()), usegmt=True)
 
 
 def encode(value: object) -> bytes:
@@ -220,11 +304,8 @@ def encode(value: object) -> bytes:
 
 def depth(text: str) -> int:
     """How deep a JSON text is nested. What is in its strings does not count."""
-    deepest = level = 0
-    for token in re.findall(r'[\[{}\]]|"(?:[^"\\]|\\.)*"?', text, re.DOTALL):
-        level += {"[": 1, "{": 1, "]": -1, "}": -1}.get(token, 0)
-        deepest = max(deepest, level)
-    return deepest
+    brackets = re.sub(r'"(?:[^"\\]|\\.)*"?|[^][{}"]+', "", text, flags=re.DOTALL)
+    return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
 
 
 def not_json(constant: str) -> NoReturn:
@@ -239,8 +320,8 @@ def unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
     return dict(pairs)
 
 
-def for_log(line: bytes) -> str:
-    """A request line as it is logged: shortened, and escaped so that it can look like nothing else.
+def for_log(line: bytes | bytearray) -> str:
+    """A request line as it is logged: cut off, and escaped so that it cannot pass for anything else.
 
     Only two spaces stay: more could move what follows to where a line of the log begins.
     """

@@ -429,11 +429,14 @@ class Wire(contextlib.AbstractContextManager["Wire"]):
         return self._outgoing.read()
 
     def flight(self) -> bytes:
-        """The second and last thing that a client has to send in a handshake; the first is sent here."""
-        self.plain.sendall(self.bytes_of(self.tls.do_handshake))
-        while not (flight := self.bytes_of(self.tls.do_handshake)):
+        """The last thing that a client has to send in a TLS 1.3 handshake; what comes before it is sent here."""
+        while True:
+            flight = self.bytes_of(self.tls.do_handshake)
+            with contextlib.suppress(ValueError):   # the handshake is not over: there is no certificate yet
+                self.tls.getpeercert()
+                return flight
+            self.plain.sendall(flight)
             self._incoming.write(self.plain.recv(65536))
-        return flight
 
     def shake_hands(self) -> None:
         """The whole handshake, as TLS 1.3 does it: nothing comes back after the flight."""

@@ -145,7 +145,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.life is None:
             self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self.tls = self.server.context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-            self.life = asyncio.get_running_loop().create_task(self.live())
+            self.life = self.server.loop.create_task(self.live())
 
     def flush(self) -> None:
         """Send what the last step of TLS wants to send."""
@@ -157,7 +157,7 @@ class Connection(asyncio.BufferedProtocol):
         if not self.error:
             if self.incoming.pending < CHUNK:
                 self.transport.resume_reading()
-            self.happened = asyncio.get_running_loop().create_future()
+            self.happened = self.server.loop.create_future()
             await self.happened
         if self.error:
             raise self.error
@@ -331,10 +331,10 @@ class EventLoopServer(http.server.HTTPServer):
         self.clients: dict[Connection, None] = {}        # served
         self.unauthorized: dict[Connection, None] = {}   # served, but may not use the server
         self.stopping = False
-        self.loop: asyncio.AbstractEventLoop | None = None
         # IPv4 if there is one, because "localhost" may stand for both: its number is the smaller one everywhere.
         self.address_family, *_, where = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
         super().__init__(where, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
+        self.loop, self.told_to_stop = asyncio.new_event_loop(), asyncio.Event()
 
     def server_bind(self) -> None:
         """Set the listener's options, and bind."""
@@ -382,7 +382,9 @@ class EventLoopServer(http.server.HTTPServer):
         half of the places: so they never drop one that is under way and merely far.
         """
         self.opening[connection] = None
-        if len(self.opening) + len(self.pending) > self.max_pending:
+        if self.stopping:
+            connection.drop(ConnectionError("the server stops"))
+        elif len(self.opening) + len(self.pending) > self.max_pending:
             crowd = self.opening if len(self.opening) > self.max_pending // 2 else self.pending
             next(iter(crowd)).drop(ConnectionError("dropped for newer connections before it was authenticated"))
 
@@ -415,17 +417,17 @@ class EventLoopServer(http.server.HTTPServer):
 
     def serve_forever(self, poll_interval: float = TICK) -> None:
         """Run the event loop until `shutdown`."""
-        asyncio.run(self.serve())
+        self.loop.run_until_complete(self.serve())
 
     async def serve(self) -> None:
         """Accept and watch until `shutdown`; then let running requests finish."""
-        self.loop = asyncio.get_running_loop()
         # What asyncio would print itself; unlike a defect of a connection, it is told with what was being done.
         self.loop.set_exception_handler(lambda _, context: self.handle_error(None, context))   # type: ignore[arg-type]
-        told_to_stop = self.told_to_stop = asyncio.Event()
         accepting, watching = (self.loop.create_task(self.repeat(step)) for step in (self.accept, self.watch))
-        if not self.stopping:
-            await told_to_stop.wait()
+        await self.told_to_stop.wait()
+        with contextlib.suppress(NotImplementedError):   # on Windows
+            self.loop.remove_reader(self.socket)
+        await asyncio.wait([accepting], timeout=0.01)   # a connection that is just coming in must not get lost
         accepting.cancel()
         self.server_close()
         for connection in self.connections():
@@ -444,8 +446,7 @@ class EventLoopServer(http.server.HTTPServer):
     def shutdown(self) -> None:
         """Let `serve_forever` come to its end. May be called from a signal handler, and before it has begun."""
         self.stopping = True
-        if self.loop:
-            self.loop.call_soon_threadsafe(self.told_to_stop.set)
+        self.loop.call_soon_threadsafe(self.told_to_stop.set)
 
     async def repeat(self, step: Callable[[], Awaitable[None]]) -> None:
         """Take the step again and again. A defect of ours must not end it: nobody would come in any more."""
@@ -462,7 +463,8 @@ class EventLoopServer(http.server.HTTPServer):
         asyncio's own servers accept as many as wait, before any limit of ours can act. Then descriptors
         run out, and for a second nobody comes in.
         """
-        assert self.loop
+        if self.stopping:
+            return await asyncio.sleep(TICK)
         try:
             newcomer, address = await self.loop.sock_accept(self.socket)
         except OSError as error:

@@ -338,7 +338,7 @@ def in_words(error: Exception) -> str:
         if alert[1] in ALERTS:
             return f"the client refused our certificate (alert {alert[1]}): {ALERTS[alert[1]]}"
         return f"the client ended the handshake (alert {alert[1]})"
-    if isinstance(error, ssl.SSLEOFError) or "unexpected eof" in text:
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "unexpected eof" in text:
         return "the client closed the connection during the handshake (eof); its own output may say why"
     if text == "http request":
         return "http request without TLS; the client must use https://"

@@ -1,4 +1,4 @@
-"""The server's own certificates: what is said of them, the steps that help, and how a running server takes up new ones."""
+"""The server's own certificates: what it says of them, steps that help, and how it takes up new ones while it runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,34 @@ import ssl
 import subprocess
 import sys
 import unittest
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import (ROOT, Lab, Server, ServerCase, Talk, environment, issue, lab, new_folder, openssl,
-                           prepared_path, side_by_side, succeed)
+from tests.support import (
+    ROOT,
+    Lab,
+    Server,
+    ServerCase,
+    Talk,
+    comes_true,
+    environment,
+    issue,
+    lab,
+    new_folder,
+    openssl,
+    prepared_path,
+    side_by_side,
+    succeed,
+)
 from tests.test_server import copy_of_lab, other_lab
 
 sys.path.insert(0, str(ROOT / "server"))
-import certificates as module  # type: ignore[import-not-found]  # noqa: E402
-from certificates import FILES, Certificates, Unusable, in_words  # noqa: E402
-from server import tls_context  # type: ignore[attr-defined]  # noqa: E402
+import certificates as module
+from certificates import FILES, Certificates, Unusable, in_words
+
+from server import tls_context
 
 EXPIRED = "20200101000000Z", "20200201000000Z"
 FOLDER, UNREADABLE = b"a folder", b"unreadable"
@@ -39,10 +55,10 @@ def made(command: str) -> bytes:
     return result.read_bytes()
 
 
-def context_of(source: Lab, name: str, client_of: Lab, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+def context_of(source: Lab, client_of: Lab, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
     """A client that trusts the CA of one lab and has a certificate of another."""
     context = source.context(None, maximum_version=version)
-    context.load_cert_chain(client_of.certs / f"{name}.crt", client_of.certs / f"{name}.key")
+    context.load_cert_chain(client_of.certs / "client.crt", client_of.certs / "client.key")
     return context
 
 
@@ -80,14 +96,14 @@ class TestWords(unittest.TestCase):
         ours, wrong_job, expired = (tls_context(copy.certs) for _ in range(3))
         for context, name in (wrong_job, "client"), (expired, "expired"):
             context.load_cert_chain(copy.certs / f"{name}.crt", copy.certs / f"{name}.key")
-        old = context_of(copy, "client", copy, ssl.TLSVersion.TLSv1_2)
+        old = context_of(copy, copy, ssl.TLSVersion.TLSv1_2)
 
         def alert(code: int) -> str:
             return failure(ours, old, then=b"\x15\x03\x03\0\2\2" + bytes([code]))
 
         by_client, by_us = r"^the client refused our certificate \(alert {}\): .*", "^client certificate refused: "
         for said, words in (
-                (failure(ours, other_lab().context()), by_client.format("unknown ca") + "the CA that signed server.crt"),
+                (failure(ours, other_lab().context()), by_client.format("unknown ca") + "does not trust the CA"),
                 (failure(ours, old, "example.org"), by_client.format("bad certificate") + "the names in server.crt"),
                 (failure(expired, old), by_client.format("certificate expired") + "server.crt has expired"),
                 (failure(wrong_job, old), by_client.format("unsupported certificate") + "not for a server"),
@@ -98,7 +114,7 @@ class TestWords(unittest.TestCase):
                 (failure(ours, copy.context(None)), "^peer did not return a certificate$"),
                 (failure(ours, copy.context("expired")), by_us + "certificate has expired$"),
                 (failure(ours, copy.context("server")), by_us + ".* purpose; it is not for a client"),
-                (failure(ours, context_of(copy, "client", other_lab())), by_us + ".*; no CA in ca.crt has signed it$"),
+                (failure(ours, context_of(copy, other_lab())), by_us + ".*; no CA in ca.crt has signed it$"),
                 (in_words(OSError("a\nb\x1b[31m" + "x" * 500)), r"^a\?b\?\[31mx*$")):
             with self.subTest(words):
                 self.assertRegex(said, words)
@@ -143,7 +159,7 @@ class TestCauses(unittest.TestCase):
         damaged = "-----BEGIN {0}-----\nAAAA\n-----END {0}-----\n"
         cases: list[tuple[dict[str, bytes | None], list[str]]] = [
             ({"ca.crt": None}, [f"ca.crt: is missing; .*: {remade}"]),
-            ({"ca.crt": None, "ca.key": None}, ["copy it from where server.crt was made, or .*: bash certs/gen_certs.sh$"]),
+            ({"ca.crt": None, "ca.key": None}, ["copy it from where .*, or .* new CA: bash certs/gen_certs.sh$"]),
             (dict.fromkeys(("ca.key", *FILES)), ["ca.crt: is missing; .* CA included: bash certs/gen_certs.sh$"]),
             ({"ca.crt": b""}, [f"ca.crt: holds nothing, .*: {remade}"]),
             ({"ca.crt": damaged.format("CERTIFICATE").encode()}, [f"ca.crt: is damaged; .*: {remade}"]),
@@ -170,7 +186,7 @@ class TestCauses(unittest.TestCase):
              ["holds a private key with a password, .*; remove the password: .*openssl pkey"]),
         ]
         if os.getuid():   # root may read everything
-            cases.append(({"server.key": UNREADABLE}, ["may not be read; it is yours: chmod u.r certs/server.key$", another]))
+            cases.append(({"server.key": UNREADABLE}, ["may not be read; it is yours: chmod u.r certs/", another]))
         for wrong, (files, _) in zip(side_by_side(self.take_steps, cases), cases, strict=True):
             with self.subTest(files=files):
                 self.assertIsNone(wrong)
@@ -184,39 +200,58 @@ class TestLook(unittest.TestCase):
         self.addCleanup(setattr, module, "PATIENCE", module.PATIENCE)
         module.PATIENCE = 0.0
         copy = copy_of_lab("changes")
-        certificates, key, aside = Certificates(copy.certs, tls_context), copy.certs / "server.key", copy.certs / "aside"
-        in_use, stay = r"^CERTIFICATES \| new ones are in use \| server.crt valid until .* GMT", "the former ones stay in use"
-        names = "subjectAltName = IP:127.0.0.1"
-        for change, line, generation in (
-                (lambda: None, None, 0), (key.touch, None, 0),
-                (lambda: copy.generate("renew", "server"), in_use + "$", 0),
-                (lambda: shutil.move(key, aside), stay + r" \| .*/server.key: is missing; .* renew", 0),
-                (lambda: None, None, 0),
-                (lambda: key.write_text("junk"), stay + r" \| .*/server.key: holds neither PEM nor DER", 0),
-                (lambda: shutil.move(aside, key), "the former ones are back", 0), (key.touch, None, 0),
-                *((lambda case=case: issue(copy, "server", "/CN=a", *case),
-                   in_use + rf" \| WARNING: .*/server.crt: {words}.*: clients will refuse it; .*: bash certs/gen_certs", 0)
-                  for words, *case in (("certificate has expired", names, *EXPIRED), ("has no names", "extendedKeyUsage = serverAuth"),
-                                       ("certificate is not yet valid", names, "20490101000000Z", "20490201000000Z"))),
-                (lambda: copy.generate("renew", "server"), in_use + "$", 0),
-                (lambda: (copy.certs / "ca.crt").write_bytes(of("ca.crt", other_lab()) + of("ca.crt")),
-                 in_use + r" \| ca.crt has changed$", 1),
-                (lambda: shutil.copytree(other_lab().certs, copy.certs, dirs_exist_ok=True),
-                 in_use + r" \| ca.crt has changed$", 2),
-                (lambda: shutil.copytree(lab().certs, copy.certs, dirs_exist_ok=True), in_use + r" \| the CA is new$", 3)):
+        key, aside = copy.certs / "server.key", copy.certs / "aside"
+        in_use = r"^CERTIFICATES \| new ones are in use \| server.crt valid until [^|]* GMT"
+        stay = r"^CERTIFICATES \| the former ones stay in use \| .*/server.key: "
+        both = of("ca.crt", other_lab()) + of("ca.crt")
+
+        def replace(by: Lab) -> None:
+            shutil.copytree(by.certs, copy.certs, dirs_exist_ok=True)
+
+        changes: list[tuple[Callable[[], object], str, int]] = [
+            (lambda: None, "", 0),
+            (key.touch, "", 0),
+            (lambda: copy.generate("renew", "server"), in_use + "$", 0),
+            (lambda: key.rename(aside), stay + "is missing; .* renew", 0),
+            (lambda: None, "", 0),
+            (lambda: key.write_text("junk"), stay + "holds neither PEM nor DER", 0),
+            (lambda: aside.replace(key), "the former ones are back", 0),
+            (key.touch, "", 0),
+            (lambda: (copy.certs / "ca.crt").write_bytes(both), in_use + r" \| ca.crt has changed$", 1),
+            (lambda: replace(other_lab()), in_use + r" \| ca.crt has changed$", 2),
+            (lambda: replace(lab()), in_use + r" \| the CA is new$", 3),
+        ]
+        certificates = Certificates(copy.certs, tls_context)
+        for change, line, generation in changes:
             with self.subTest(line):
                 former = certificates.context
                 change()
-                said = certificates.look()
-                self.assertRegex(said, line) if line else self.assertIsNone(said)
+                self.assertRegex(certificates.look() or "", line or "^$")
                 self.assertEqual(certificates.generation, generation)
-                if stay in (line or ""):
+                if "stay" in line:
                     self.assertIs(certificates.context, former)
+
+    def test_warnings(self) -> None:
+        """A certificate that clients will refuse is used, with a warning that says what to do; which helps."""
+        names = "subjectAltName = IP:127.0.0.1"
+        for words, *case in (("certificate has expired", names, *EXPIRED),
+                             ("certificate is not yet valid", names, "20490101000000Z", "20490201000000Z"),
+                             ("has no names", "extendedKeyUsage = serverAuth")):
+            copy = copy_of_lab("warnings")
+            certificates = Certificates(copy.certs, tls_context)
+            issue(copy, "server", "/CN=localhost", *case)
+            with self.subTest(words):
+                warning = f"/server.crt: {words}.*: clients will refuse it; .*: bash certs/gen_certs.sh renew server$"
+                self.assertRegex(certificates.look() or "", rf" \| new ones are in use .* \| WARNING: .*{warning}")
+                self.assertRegex(Certificates(copy.certs, tls_context).warning or "", warning)
+                copy.generate("renew", "server")
+                self.assertRegex(certificates.look() or "", "new ones are in use")
+                self.assertIsNone(certificates.warning)
 
     def test_a_set_that_changes_while_it_is_loaded(self) -> None:
         """It could be half of one and half of another: it is loaded once more at the next look."""
         file = copy_of_lab("half").certs / "server.crt"
-        changes = [lambda: None, file.touch]
+        changes: list[Callable[[], object]] = [lambda: None, file.touch]
 
         def slow(certs: Path) -> ssl.SSLContext:
             context = tls_context(certs)
@@ -229,10 +264,10 @@ class TestLook(unittest.TestCase):
         file.write_bytes(file.read_bytes() + b"\n")
         self.assertIsNone(certificates.look())
         self.assertIs(certificates.context, former)
-        self.assertRegex(certificates.look(), "new ones are in use")
+        self.assertRegex(certificates.look() or "", "new ones are in use")
 
     def test_two_cas(self) -> None:
-        """ca.crt may hold the former CA and the new one: clients that trust either, with a certificate of either, get in."""
+        """ca.crt may hold the former CA and the new one: who trusts either, with a certificate of either, gets in."""
         for order in (lab(), other_lab()), (other_lab(), lab()):
             copy = copy_of_lab("two CAs")
             (copy.certs / "ca.crt").write_bytes(b"".join(of("ca.crt", one) for one in order))
@@ -242,7 +277,7 @@ class TestLook(unittest.TestCase):
                 server = Certificates(copy.certs, tls_context).context
                 for version in ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3:
                     for client_of in order:
-                        self.assertEqual(failure(server, context_of(server_of, "client", client_of, version)), "")
+                        self.assertEqual(failure(server, context_of(server_of, client_of, version)), "")
 
     def test_many_changes_cost_nothing(self) -> None:
         """No descriptor and no memory is lost by them. (In a process of its own: here, others run meanwhile.)"""
@@ -256,9 +291,8 @@ class TestLook(unittest.TestCase):
                 free = os.open(os.devnull, os.O_RDONLY)
                 os.close(free)
                 return free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-            print(*has(30, 0), *has(int(sys.argv[2]), 30))"""
-        changes = os.environ.get("CHANGES", "100")
-        said = succeed(sys.executable, "-W", "error", "-c", program, copy_of_lab("many").certs, changes, cwd=ROOT)
+            print(*has(30, 0), *has(100, 30))"""
+        said = succeed(sys.executable, "-W", "error", "-c", program, copy_of_lab("many").certs, cwd=ROOT)
         free, memory, free_then, memory_then = map(int, said.split())
         self.assertEqual(free, free_then)
         self.assertLess(memory_then, memory * 1.03)
@@ -269,9 +303,9 @@ class TestRunningServer(ServerCase):
 
     def test_it_follows(self) -> None:
         """Renewed: all goes on. A new CA: its clients get in, the former's do not, and their connections end."""
+        in_use = r"CERTIFICATES \| new ones are in use \| server\.crt valid until [^|]* GMT"
         copy = copy_of_lab("running")
-        shutil.copytree(copy.certs, copy.root / "former/certs")
-        former, context = copy_of_lab("former"), copy.context()
+        context = copy.context()
         with Server(copy) as server, Talk(server.connect(context=context)) as kept, ThreadPoolExecutor(1) as pool:
             def serial() -> object:
                 with Talk(server.connect(context=context)) as talk:
@@ -279,9 +313,29 @@ class TestRunningServer(ServerCase):
                     return (talk.connection.getpeercert() or {})["serialNumber"]
 
             def make(line: str, *arguments: str, **variables: str) -> None:
-                """Run gen_certs.sh, while a client comes again and again; wait for this line in the log."""
-                before = serial()
-                making = pool.submit(copy.generate, *arguments, **variables)
-                while not making.done() or not re.search(line, server.stderr.text()):
-                    with contextlib.suppress(ssl.SSLCertVerificationError):   # it is of the former CA, and learns it
+                """Run gen_certs.sh until the log has this line; clients meanwhile are served or of the former CA."""
+                def is_done() -> bool:
+                    with contextlib.suppress(*([] if arguments else [ssl.SSLCertVerificationError])):
                         serial()
+                    return making.done() and bool(re.search(rf"(?m)^\[SERVER\] {line}$", server.stderr.text()))
+
+                making = pool.submit(copy.generate, *arguments, **variables)
+                self.assertTrue(comes_true(is_done), server.stderr.now())
+                making.result()
+
+            before = serial()
+            make(in_use, "renew", "server")
+            self.assertNotEqual(serial(), before)
+            for _ in range(2):
+                self.assertEqual(kept.ask("GET", "/todo").status, 200, "its CA is still the same")
+            make(in_use + r" \| the CA is new", PREPARED_SET="other")
+            self.assertEqual(kept.ask("GET", "/todo").status, 200)
+            self.assert_ends_well(kept)
+            with (self.assertRaisesRegex(ssl.SSLError, "(?i)unknown.ca|decrypt.error"),
+                  Talk(server.connect(context=context_of(copy, lab()))) as talk):
+                talk.ask("GET", "/todo")
+            self.assertRaises(ssl.SSLCertVerificationError, server.connect, context=context)
+            server.stderr.wait_for("the client refused our certificate (alert ")
+            context = copy.context()
+            serial()
+            self.assert_no_defect_logged(server)

@@ -304,7 +304,7 @@ def permit(file: Path) -> str:
         if file.stat().st_uid == os.getuid():
             return f"it is yours: chmod u+r certs/{file.name}"
     except (KeyError, OSError, NotImplementedError):   # unknown, in a closed folder, Windows
-        return f"see whose it is: ls -l {file.parent}"
+        return f"see whose it is: ls -ld certs certs/{file.name}"
     return f'it belongs to {owner}; start the server as {owner}, or: sudo chown "$(id -un)" certs/{file.name}'
 
 

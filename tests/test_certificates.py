@@ -274,10 +274,11 @@ class TestLook(unittest.TestCase):
             for server_of in order:
                 for name in ("server.crt", "server.key"):
                     (copy.certs / name).write_bytes(of(name, server_of))
-                server = Certificates(copy.certs, tls_context).context
+                certificates = Certificates(copy.certs, tls_context)
+                self.assertEqual(certificates.found.issuer, of("ca.crt", server_of), "what is sent with server.crt")
                 for version in ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3:
                     for client_of in order:
-                        self.assertEqual(failure(server, context_of(server_of, client_of, version)), "")
+                        self.assertEqual(failure(certificates.context, context_of(server_of, client_of, version)), "")
 
     def test_many_changes_cost_nothing(self) -> None:
         """No descriptor and no memory is lost by them. (In a process of its own: here, others run meanwhile.)"""

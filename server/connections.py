@@ -49,6 +49,9 @@ DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.WAITING: 15.0, Phase.IDLE: 15.0, Phase.
 """Seconds that a phase of a connection may take as a whole, however slowly bytes come or go."""
 
 
+OVERRUN = "no complete handshake before too many newer connections came"
+
+
 class Connection(asyncio.BufferedProtocol):
     """A peer's connection. ``getpeercert`` tells who it is once the handshake is over."""
 
@@ -187,7 +190,8 @@ class Connection(asyncio.BufferedProtocol):
             self.server.handle_error(self, self.address)   # type: ignore[arg-type]
             self.transport.abort()
         finally:
-            self.tls = self.handler = None
+            self.tls = self.handler = self.error = None   # which hold much memory, or each other
+            del self.incoming, self.outgoing
 
     async def shake_hands(self) -> None:
         """The handshake, step by step. Raises OSError (ssl.SSLError is one)."""
@@ -230,6 +234,7 @@ class Connection(asyncio.BufferedProtocol):
         self.enter(Phase.RESPONSE)
         await self.send(self.handler.wfile.take())
         self.enter(Phase.IDLE)
+        self.received = self.incoming.pending   # perhaps half of the next request
         return not (self.handler.close_connection or self.told_to_end)
 
     def decrypt(self) -> bytes | None:
@@ -261,7 +266,7 @@ class Connection(asyncio.BufferedProtocol):
     @property
     def is_idle(self) -> bool:
         """Whether nothing of a request has arrived, not even half of a TLS record."""
-        return self.phase is Phase.IDLE and not (self.received or self.incoming.pending or self.handler.has_begun)
+        return self.phase is Phase.IDLE and not (self.received or self.handler.has_begun)
 
     def end(self) -> None:
         """Its deadline has passed, or its place is needed."""
@@ -292,9 +297,9 @@ class Connection(asyncio.BufferedProtocol):
             with contextlib.suppress(ssl.SSLError):   # the peer's close_notify is not here
                 self.tls.unwrap()
         self.flush()
+        self.enter(Phase.REFUSED if refused else Phase.LINGERING)
         if self.transport.is_closing():
             return
-        self.enter(Phase.REFUSED if refused else Phase.LINGERING)
         self.server.make_pending(self)
         if self.ended:
             self.transport.close()
@@ -384,9 +389,10 @@ class EventLoopServer(http.server.HTTPServer):
         self.opening[connection] = None
         if self.stopping:
             connection.drop(ConnectionError("the server stops"))
+        elif len(self.opening) > (self.max_pending + 1) // 2:
+            next(iter(self.opening)).drop(ConnectionError(OVERRUN))
         elif len(self.opening) + len(self.pending) > self.max_pending:
-            crowd = self.opening if len(self.opening) > self.max_pending // 2 else self.pending
-            next(iter(crowd)).drop(ConnectionError("dropped for newer connections before it was authenticated"))
+            next(iter(self.pending)).drop(ConnectionError(OVERRUN))
 
     def make_pending(self, connection: Connection) -> None:
         """It has sent a whole ClientHello, or begins to linger."""

@@ -54,7 +54,7 @@ class Certificates:
         self.folder, self.make_context = folder, make_context
         self.generation = 0
         self.stamps: list[tuple[int, ...] | None] = []   # of the files in use
-        self.problem, self.since, self.told = "", 0.0, False
+        self.problem, self.since, self.told = "", 0.0, ""   # why the files are not used, since when, what the log knows
         self.take_up()
 
     def look(self) -> str | None:
@@ -65,7 +65,7 @@ class Certificates:
                 self.take_up()
         except Unusable as error:
             return self.complaint(str(error))
-        self.problem, self.told = "", False
+        self.problem, self.told = "", ""
         news = "new ones are in use"
         if (former.ca, former.certificate) == (self.found.ca, self.found.certificate):   # then the key is the same, too
             if not told:
@@ -79,13 +79,12 @@ class Certificates:
     def take_up(self) -> None:
         """Load what is in the folder and use it from now on. Raises Unusable, and then nothing is changed."""
         stamps = file_stamps(self.folder)
-        found = verified(self.folder)
         try:
+            found = verified(self.folder)
             context = self.make_context(self.folder)
             send_with_ca(context, self.folder, found)
-        except OSError as error:   # ssl.SSLError is one
-            raise Unusable(f"{self.folder}: cannot use these certificates ({in_words(error)}); "
-                           "are they being replaced?") from None
+        except OSError as error:   # ssl.SSLError is one; a file has vanished after it was read
+            raise Unusable(f"{self.folder}: cannot load the certificates ({in_words(error)}); try again") from None
         if file_stamps(self.folder) != stamps:
             raise Unusable(f"{self.folder}: the certificates are being replaced; try again when that is done")
         if self.stamps and self.found.ca != found.ca:
@@ -95,10 +94,10 @@ class Certificates:
     def complaint(self, problem: str) -> str | None:
         """The line about a problem that has lasted for some time: once for each."""
         if problem != self.problem:
-            self.problem, self.since, self.told = problem, time.monotonic(), False
-        if self.told or time.monotonic() - self.since < PATIENCE:
+            self.problem, self.since = problem, time.monotonic()
+        if problem == self.told or time.monotonic() - self.since < PATIENCE:
             return None
-        self.told = True
+        self.told = problem
         return f"CERTIFICATES | the former ones stay in use | {problem}"
 
 
@@ -253,7 +252,7 @@ def read(file: Path) -> bytes:
     except PermissionError:
         raise Unusable(f"{file}: may not be read; {permit(file)}") from None
     except OSError as error:
-        raise Unusable(f"{file}: cannot be read ({error.strerror}); {cure(file)}") from None
+        raise Unusable(f"{file}: cannot be read ({error.strerror}); look at it: ls -l certs/{file.name}") from None
     holds = [what for what, pattern in LOOKS.items() if re.search(pattern, content, re.DOTALL)]
     holds = holds or ["neither PEM nor DER"]
     wanted = "a private key" if file.name == "server.key" else "a certificate"

@@ -1,58 +1,67 @@
 #!/usr/bin/env bash
-# Makes the lab's certificates with the openssl command: a CA, a server and a client
-# certificate, and a PFX of the client's. Works from any folder; all files land beside
-# this script. It builds and verifies everything in a temporary folder first and only then
-# moves it into place, so a run that fails or is interrupted changes nothing.
+# Makes the lab's certificates with the openssl command: a CA, a server's and a client's
+# certificate, and a PFX for the client. Works from any folder; all files land beside this
+# script. It builds and verifies everything in a temporary folder first and only then moves it
+# into place, so a run that fails or is interrupted changes nothing.
 #
-# Needs OpenSSL 1.1.1+ or LibreSSL 3.3+, and bash 3.2+ (what macOS has).
+# Needs OpenSSL 1.1.1+ or LibreSSL 3.3+, and bash 3.2+ (the one on macOS).
 case ${BASH_VERSION:-} in '') echo 'gen_certs.sh: needs bash; run it with: bash certs/gen_certs.sh' >&2; exit 1 ;; esac
-# Start anew with -p, so that nothing inherited (SHELLOPTS, BASH_ENV, exported functions) gives
-# the commands below another meaning. To watch them: bash -xp certs/gen_certs.sh
-# (POSIXLY_CORRECT: with it, not even exec or unset can be an inherited function.)
+# Restart with -p, so that nothing inherited (SHELLOPTS, BASH_ENV, exported functions) changes
+# what the commands below mean. To watch them: bash -xp certs/gen_certs.sh
+# (POSIXLY_CORRECT makes exec and unset immune to inherited functions, too.)
 case $- in *p*) ;; *) POSIXLY_CORRECT=1; unset CDPATH GLOBIGNORE; exec "$BASH" -p "$0" "$@" ;; esac
 unset POSIXLY_CORRECT
-set -euo pipefail +o posix   # posix: where sh is a bash, as on macOS
-umask 077   # private from the moment they exist: some openssls create keys readable by all
-LC_ALL=C    # so that A-Z means these letters and no others, in every language and bash
+set -euo pipefail +o posix   # posix mode is on where sh is bash, as on macOS
+umask 077   # keys are private from the moment they exist; LibreSSL makes them readable by all
+LC_ALL=C    # A-Z means these 26 letters only, in every locale and bash
 
 usage() {
   cat <<'TEXT'
-usage: bash certs/gen_certs.sh               make the CA, server's and client's
-       bash certs/gen_certs.sh client NAME   make one more client's, CN = NAME
-       bash certs/gen_certs.sh --help        print this
+usage: bash certs/gen_certs.sh                make the CA and the certificates of server and client
+       bash certs/gen_certs.sh client NAME    make a certificate for one more client, CN = NAME
+       bash certs/gen_certs.sh renew [NAME]   renew server's and client's, or NAME's certificate
+       bash certs/gen_certs.sh --help         print this
 
-Without arguments it replaces the whole set, CA included. Password of the PFX:
-asked for on a terminal, taken from MTLS_PFX_PASSWORD if that is set, else made
-up and printed at the end.
+Without arguments it replaces the whole set, CA included. renew keeps the CA and the keys,
+and makes what is missing; NAME is server, client or another client. The new server.crt has
+the names under alt_names in server.cnf. A forgotten PFX password? renew makes a new PFX.
+
+Password of the PFX: asked for on a terminal, taken from MTLS_PFX_PASSWORD if that is set,
+otherwise made up and printed at the end.
 TEXT
 }
 
+unchanged='certs/ is as it was'
 complain() { printf 'gen_certs.sh: %s\n' "$*" >&2; }
 refuse() { complain "$@"; exit 2; }
 fail() { complain "$@"; exit 1; }
-unchanged='the certificates that were there are unchanged'
 
-# --- What is asked for ---------------------------------------------------------------------
+# --- What to make --------------------------------------------------------------------------
 
-name=   # empty: the whole set
-files=(ca.key ca.crt ca.srl server.key server.csr server.crt client.key client.csr client.crt client.pfx)
+# Whose certificates to make, '' for nobody's. NAME.key, NAME.csr and so on are the files.
+command=${1:-set} name=${2:-} server=server client=client
 case $#:${1:-} in
-  0:) ;;
+  0: | 1:renew) ;;
   1:-h | 1:--help) usage; exit 0 ;;
-  2:client)
-    name=$2
-    case $name in
-      '' | [.-]* | *[!A-Za-z0-9._-]*)
-        refuse "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', the first no '.' or '-'" ;;
-      [Cc][Aa] | [Ss][Ee][Rr][Vv][Ee][Rr] | [Cc][Ll][Ii][Ee][Nn][Tt])   # whatever the case: file systems may ignore it
-        refuse "'$name' is of the whole set; choose another NAME" ;;
+  1:client) refuse 'the NAME of the client is missing; for example: bash certs/gen_certs.sh client alice' ;;
+  2:client | 2:renew)
+    case $command:$name in
+      *: | *:[.-]* | *:*[!A-Za-z0-9._-]*)
+        refuse "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', not starting with '.' or '-'" ;;
+      renew:server) client= ;;
+      renew:client) server= ;;
+      *:[Cc][Aa] | *:[Ss][Ee][Rr][Vv][Ee][Rr] | *:[Cc][Ll][Ii][Ee][Nn][Tt])   # a file system may ignore case
+        [ "$command" = client ] || refuse "'$name' cannot be renewed; NAME is server, client or another client"
+        refuse "'$name' belongs to the whole set; choose another NAME" ;;
+      *) server='' client=$name ;;
     esac
-    [ "${#name}" -le 64 ] || refuse 'a NAME has at most 64 characters (the limit of a common name)'
-    files=(ca.srl "$name.key" "$name.csr" "$name.crt" "$name.pfx") ;;
+    [ "${#name}" -le 64 ] || refuse 'a NAME has at most 64 characters (the limit of a common name)' ;;
   *) usage >&2; refuse "cannot use these arguments: $*" ;;
 esac
+leaves=(${server:+server} ${client:+"$client"})
+steps=$((${#leaves[@]} + (${#client} > 0)))
 
-# In Git Bash, python3 is the Store's alias, and a Windows openssl cannot ask on mintty's terminal.
+# In Git Bash, python3 is the alias of Microsoft's Store, and openssl cannot ask on its terminal.
 python=python3 can_ask=no
 case $OSTYPE in
   msys* | cygwin*) python=python ;;
@@ -61,11 +70,13 @@ esac
 
 certs=$(cd -- "$(dirname -- "$0")" && pwd -P)
 
-# cannot DO FILE: says whose it is.
+# cannot read|write FILE [USE]: says why. Only the owner is told to use chmod, and only for u:
+# with that, nobody else gains access to a key.
 cannot() {
-  local mode who
+  local mode who step="chmod u+${1:0:1} $2"
   read -r mode _ who _ < <(ls -ld "$2")
-  fail "cannot $1 $2: it is $who's, $mode; use chown or chmod"
+  [ -O "$2" ] || step="run this as $who, or have it given to you with chown"
+  fail "cannot $1 $2${3:-}: it is $who's, $mode; $step"
 }
 
 command -v openssl >/dev/null || fail 'the openssl command is missing; install OpenSSL 1.1.1+ or LibreSSL 3.3+'
@@ -77,20 +88,20 @@ esac
 
 # --- One run at a time, nothing left behind ------------------------------------------------
 
-# The kernel keeps this lock for as long as this process lives: a killed run cannot leave it
-# behind, and two runs can never both hold it. macOS and Git Bash have no flock, but perl.
-# (Whether Windows keeps a lock when the perl that took it has ended, nobody has tried.)
-{ exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || cannot write "$certs/gen_certs.sh"
+# The kernel holds this lock for as long as this process lives: a killed run cannot leave it
+# behind, and two runs can never both have it. macOS and Git Bash have no flock, but perl.
+# (Not tried on Windows: whether the lock outlives the perl that took it.)
+{ exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || cannot write "$certs/gen_certs.sh" ' (for the lock)'
 if command -v flock >/dev/null; then flock -n 9
 elif ! command -v perl >/dev/null; then fail 'neither flock nor perl is here; install one of them, for the lock'
 else perl -e 'use Fcntl ":flock"; open(F, "+<&=", 9) && flock(F, LOCK_EX | LOCK_NB) or exit 1'
 fi || fail 'another run is at work on these certificates; try again when it has finished'
 
-# Whoever holds the lock may tidy up after any run, also one that kill -9 has ended. Where a
-# move has not come to its end, old/ has the former files: they go back.
+# Whoever holds the lock may clean up after any run, even one ended by kill -9. If that one
+# did not finish moving its files, the former ones are still in old/: they go back.
 tidy_up() {
   local file
-  cd "$certs" 2>/dev/null || return 0   # Windows removes no folder that one stands in
+  cd "$certs" 2>/dev/null || return 0   # Windows removes no current folder
   for file in .new.*/old/*; do
     [ ! -e "$file" ] || mv -f "$file" . || fail "cannot put certs/$file back into certs/; move it yourself"
   done
@@ -98,22 +109,30 @@ tidy_up() {
 }
 tidy_up
 trap "trap '' HUP INT TERM; tidy_up" EXIT   # a second Ctrl+C must not stop it
-trap 'exit 129' HUP
-trap 'exit 130' INT
-trap 'exit 143' TERM
-work=$(mktemp -d "$certs/.new.XXXXXX" 2>/dev/null) || cannot "write in" "$certs"
+stop() { trap '' HUP INT TERM; complain "interrupted; $unchanged" || :; exit "$1"; }
+trap 'stop 129' HUP
+trap 'stop 130' INT
+trap 'stop 143' TERM
+work=$(mktemp -d "$certs/.new.XXXXXX" 2>/dev/null) || cannot write "$certs"
 
-# What a command says is kept in memory, because the disk may be full, and shown if it fails.
+# What a command prints is kept in memory, because the disk may be full, and shown if it fails.
 said=
-try() { said=$(exec 9>&-; exec "$@" 2>&1); }   # 9, the lock: a child that outlives us must not hold it
-run() { try openssl "$@" || give_up; }
-give_up() { printf '%s\n' "$said" >&2; fail "failed at $step; $unchanged"; }
+try() { said=$(exec 9>&-; exec "$@" 2>&1); }   # 9, the lock: no child may hold it longer than we do
+run() { try openssl "$@" || give_up "${!#}"; }
+about() { openssl "$@" 2>/dev/null 9>&- | tr -d '\r'; }   # \r: a Windows openssl ends lines with it
 
-step=
-begin() { step=$1; printf '%s\n' "$step"; }
+# give_up LAST: LAST is the last argument of the command that failed; if it reads a .cnf, that one.
+give_up() {
+  printf '%s\n' "$said" >&2
+  case $1:$said in *.cnf:*[Cc]onfig* | *.cnf:*extension*) unchanged="$unchanged; correct $1, as openssl says above" ;; esac
+  fail "failed at $step; $unchanged"
+}
 
-# Paths below read certs/NAME because we stand in the temporary folder, which has a certs/ of
-# its own: the commands are the ones of the README, to the letter.
+step='' number=0
+begin() { number=$((number + 1)); step="[$number/$steps] $1"; printf '%s\n' "$step"; }
+
+# From here on the current folder is the temporary one. It has a certs/ of its own, so the
+# commands below are those of the page, to the letter.
 mkdir "$work/certs"
 cd "$work"
 take() {
@@ -124,24 +143,96 @@ for file in ca.cnf server.cnf client.cnf; do
   [ -f "$certs/$file" ] || fail "certs/$file is missing; restore it, for example with: git checkout certs/$file"
   take "$file"
 done
-for file in "${files[@]}" ca.crt ca.key; do
-  [ ! -d "$certs/$file" ] ||
-    fail "certs/$file is a folder (Docker makes one for a mount that is not there); remove it: rmdir certs/$file"
+for leaf in ca "${leaves[@]}"; do
+  for file in "$leaf".{key,crt,csr,pfx,srl}; do
+    [ ! -d "$certs/$file" ] ||
+      fail "certs/$file is a folder (Docker makes one for a mount that is not there); remove it: rmdir certs/$file"
+  done
 done
+
+# --- What is there already -----------------------------------------------------------------
+
+is_there() { [ -e "$certs/$1" ]; }
+
+# fits x509|req FILE KEY: whether the certificate or CSR is that of the key.
+fits() { [ "$(about "$1" -noout -pubkey -in "certs/$2")" = "$(about pkey -pubout -in "certs/$3")" ]; }
+
+# of_lab FILE: whether its issuer has the name of our CA, be it the present or a former one.
+of_lab() { [ "$(about x509 -noout -issuer_hash -in "$1")" = "$(about x509 -noout -subject_hash -in "$certs/ca.crt")" ]; }
+
+# of_former_ca FILE: whether a former CA issued it: the present one does not vouch for it.
+of_former_ca() { of_lab "$1" && ! try openssl verify -CAfile "$certs/ca.crt" "$1"; }
+
+# take_key FILE STEP: STEP is what helps if it is no key.
+take_key() {
+  local key=certs/$1
+  take "$1"
+  if grep -q ENCRYPTED "$key"; then
+    fail "$key has a password; remove it: openssl rsa -in $key -out $key"
+  elif grep -q 'PRIVATE KEY-----' "$key" && try openssl pkey -in "$key" -noout; then
+    return
+  elif try openssl rsa -inform DER -in "$key" -noout -passin pass:; then
+    fail "$key is in DER form; convert it to PEM: openssl rsa -inform DER -in $key -out $key"
+  fi
+  fail "$key holds no private key in PEM form; $2"
+}
+
+# take_ca: a CA certificate can be made again from the key, and what it issued goes on working.
+take_ca() {
+  local lost='if you cannot, make a new CA and all certificates: bash certs/gen_certs.sh' again='make it again from its key:'
+  again="$again openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
+  is_there ca.crt || is_there ca.key || fail 'there is no CA yet; make it first: bash certs/gen_certs.sh'
+  is_there ca.key || fail "certs/ca.key is missing; restore it; $lost"
+  take_key ca.key "restore it; $lost"
+  is_there ca.crt || fail "certs/ca.crt is missing; $again"
+  take ca.crt
+  if ! grep -q 'BEGIN.* CERTIFICATE-----' certs/ca.crt || ! try openssl x509 -noout -in certs/ca.crt; then
+    fail "certs/ca.crt holds no certificate in PEM form; $again"
+  elif ! fits x509 ca.crt ca.key; then   # with two CAs in it, openssl signs with the first
+    [ "$(grep -c BEGIN certs/ca.crt)" = 1 ] || fail 'the certificate of certs/ca.key must be the first in certs/ca.crt; move it to the top'
+    fail "certs/ca.key is not the key of certs/ca.crt; restore the one that is wrong; $lost"
+  fi
+  try openssl x509 -noout -checkend 0 -in certs/ca.crt || fail "certs/ca.crt has expired; $again"
+  ! is_there ca.srl || take ca.srl
+}
+
+# take_leaf NAME: key and CSR, where they are there and belong together. The certificate is going to be replaced.
+take_leaf() {
+  [ -z "$(about x509 -noout -subject -in "$certs/$1.crt")" ] || of_lab "$certs/$1.crt" ||
+    fail "certs/$1.crt is not of this lab's CA; to have one that is, move it: mv certs/$1.crt certs/$1.old.crt"
+  ! is_there "$1.key" || take_key "$1.key" "for a new one, move it: mv certs/$1.key certs/$1.old.key"
+  if is_there "$1.csr" && is_there "$1.key"; then
+    take "$1.csr"
+    fits req "$1.csr" "$1.key" || rm "certs/$1.csr"
+  fi
+}
 
 # --- The pieces ----------------------------------------------------------------------------
 
-# issue_client NAME: key, CSR and certificate, CN as in client.cnf.
-issue_client() {
-  run genrsa -out "certs/$1.key" 2048
-  run req -new -key "certs/$1.key" -out "certs/$1.csr" -config certs/client.cnf
-  run x509 -req -days 365 -in "certs/$1.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
-    -out "certs/$1.crt" -extensions v3_client -extfile certs/client.cnf
+made=(ca.srl)   # the files to be moved into place
+
+kind() { case $1 in server) echo server ;; *) echo client ;; esac; }
+
+# request NAME: key and CSR, unless they are there.
+request() {
+  [ -e "certs/$1.key" ] || { run genrsa -out "certs/$1.key" 2048; made+=("$1.key"); }
+  [ -e "certs/$1.csr" ] || {
+    run req -new -key "certs/$1.key" -out "certs/$1.csr" -config "certs/$(kind "$1").cnf"
+    made+=("$1.csr")
+  }
 }
 
-# export_pfx NAME: certificate, key and CA in one file. The ciphers are chosen, because the
-# defaults differ and no default is read everywhere; 3DES with a SHA-1 MAC is. Strength comes
-# from the password, which travels in the environment: arguments are visible to every user.
+# sign NAME: the certificate. Signing copies nothing from the CSR: SAN and EKU come from the
+# section -extensions of the file -extfile.
+sign() {
+  run x509 -req -days 365 -in "certs/$1.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
+    -out "certs/$1.crt" -extensions "v3_$(kind "$1")" -extfile "certs/$(kind "$1").cnf"
+  made+=("$1.crt")
+}
+
+# export_pfx NAME: certificate, key and CA in one file. The ciphers are set, because the defaults
+# differ and none of them can be imported everywhere; 3DES with a SHA-1 MAC can. Its strength is
+# the password, which is passed in the environment: arguments are visible to every user.
 made_up_password=
 export_pfx() {
   local pfx=certs/$1.pfx
@@ -152,144 +243,149 @@ export_pfx() {
   else
     if [ -z "${MTLS_PFX_PASSWORD:-}" ]; then
       run rand -hex -out password 12
-      made_up_password=$(tr -d '\r\n' <password)   # \r: a Windows openssl ends lines with it
+      made_up_password=$(tr -d '\r\n' <password)
       MTLS_PFX_PASSWORD=$made_up_password
     fi
     export MTLS_PFX_PASSWORD
     run pkcs12 "$@" -passout env:MTLS_PFX_PASSWORD
   fi
-  run asn1parse -inform DER -in "$pfx"   # a full disk can cut it short without a word from pkcs12
+  run asn1parse -inform DER -in "$pfx"   # if the disk is full, pkcs12 can truncate it silently
+  made+=("${pfx#certs/}")
 }
 
-# ask_and_export PFX ARGUMENT...: openssl asks, twice; a slip need not cost the whole run.
+# ask_and_export PFX ARGUMENT...: openssl asks, twice; after a typing error it asks again.
 ask_and_export() {
   local pfx=$1 attempt
   shift
   for attempt in 1 2 3; do
     if try openssl pkcs12 "$@"; then
-      # An empty password opens it? That would protect nothing, and macOS does not import it.
+      # If an empty password opens it, it protects nothing, and macOS does not import it.
       try openssl pkcs12 -in "$pfx" -noout -passin pass: || return 0
       complain 'the password must not be empty'
     else
-      case $said in *"Can't read Password"*) complain 'the two passwords were not the same' ;; *) give_up ;; esac
+      case $said in *"Can't read Password"*) complain 'the two passwords were not the same' ;; *) give_up '' ;; esac
     fi
   done
   fail "no password after $attempt attempts; $unchanged"
 }
 
-# verify_chain NAME PURPOSE: prints "certs/NAME.crt: OK".
-verify_chain() {
-  run verify -x509_strict -purpose "$2" -CAfile certs/ca.crt "certs/$1.crt"
-  printf '%s\n' "$said"
-}
-
-# of_former_ca FILE: true for a certificate of this lab that its CA no longer vouches for.
-of_former_ca() {
-  try openssl x509 -noout -issuer -in "$1" || return 1
-  case $said in *'mTLS Lab Root CA'*) ! try openssl verify -CAfile "$certs/ca.crt" "$1" ;; *) false ;; esac
-}
-
-# The only moment at which the real certificates change. From here on a signal waits: half a
-# move would leave keys beside the certificates of others. If a file cannot be moved (it is
-# open in Windows, or immutable), tidy_up puts the former ones back.
+# The only moment at which the real certificates change. From here on signals are ignored: half
+# a move would leave keys beside certificates that are not theirs. If a file cannot be moved (it
+# is open in Windows, or immutable), tidy_up puts the former ones back.
 install() {
   chmod 644 certs/*.crt certs/*.csr
   mkdir old
   trap '' HUP INT TERM
-  for file in "${files[@]}"; do
+  for file in "${made[@]}"; do
     [ ! -e "$certs/$file" ] || try mv -f "$certs/$file" old/ ||
       fail "cannot replace certs/$file: ${said##*: }; $unchanged"
   done
-  if ! try mv -f "${files[@]/#/certs/}" "$certs/"; then
-    (cd "$certs" && rm -f "${files[@]}")
+  if ! try mv -f "${made[@]/#/certs/}" "$certs/"; then
+    (cd "$certs" && rm -f "${made[@]}")
     fail "cannot write in $certs: ${said##*: }; $unchanged"
   fi
   mv old replaced   # nothing to put back any more
 }
 
-valid_until() { openssl x509 -noout -enddate -in "$certs/$1.crt" | tr -d '\r' | sed 's/notAfter=/valid until /'; }
+# --- The work ------------------------------------------------------------------------------
 
-show_password() {
-  [ -z "$made_up_password" ] || printf 'Password of certs/%s.pfx (shown only now): %s\n' "$1" "$made_up_password"
-}
+[ "$command" = set ] || take_ca
 
-# --- One more client -----------------------------------------------------------------------
-
-if [ -n "$name" ]; then
-  [ -e "$certs/ca.crt" ] || [ -e "$certs/ca.key" ] || fail 'there is no CA yet; make it first: bash certs/gen_certs.sh'
-  for file in ca.crt ca.key; do
-    [ -e "$certs/$file" ] ||
-      fail "certs/$file is missing; bring it back, or begin anew with another CA: bash certs/gen_certs.sh"
-    take "$file"
-  done
-  [ ! -e "$certs/ca.srl" ] || take ca.srl
-  there=
-  for kind in crt csr key pfx; do
-    [ ! -e "$certs/$name.$kind" ] || there="$there certs/$name.$kind"
-  done
-  if [ -n "$there" ] && ! of_former_ca "$certs/$name.crt"; then
-    fail "'$name' exists; choose another NAME, or remove it first: rm$there"
-  fi
+case $client in '' | client) ;; *)
+  there=no
+  for file in "$client".{key,csr,crt,pfx}; do ! is_there "$file" || there=yes; done
+  case $command:$there in
+    renew:no) fail "'$client' has no certificate; make one: bash certs/gen_certs.sh client $client" ;;
+    client:yes) of_former_ca "$certs/$client.crt" ||
+      fail "'$client' exists; choose another NAME, or renew it: bash certs/gen_certs.sh renew $client" ;;
+  esac
   # Not with -subj: LibreSSL ignores it where the file says "prompt = no".
-  sed "s/^CN *=.*/CN = $name/" "$certs/client.cnf" >certs/client.cnf
-  grep -q "^CN = $name\$" certs/client.cnf || fail "certs/client.cnf has no line 'CN = ...' that could take the NAME"
+  sed "s/^CN *=.*/CN = $client/" "$certs/client.cnf" >certs/client.cnf
+  grep -q "^CN = $client\$" certs/client.cnf || fail "certs/client.cnf has no line 'CN = ...' that could take the NAME"
+esac
 
-  begin "[1/2] $name: key, CSR and certificate"
-  issue_client "$name"
-  begin "[2/2] $name: PFX"
-  export_pfx "$name"
-  verify_chain "$name" sslclient
+[ "$command" != renew ] || for leaf in "${leaves[@]}"; do take_leaf "$leaf"; done
 
-  install
-  printf '\nMade certs/%s.crt, .key, .csr and .pfx, CN %s, %s.\n' "$name" "$name" "$(valid_until "$name")"
-  show_password "$name"
-  printf 'Next: %s server/server.py --allow-cn mtls-client %s\n' "$python" "$name"
-  printf 'then: %s client/client.py --cert certs/%s.crt --key certs/%s.key\n' "$python" "$name" "$name"
-  exit 0
+if [ "$command" = set ]; then
+  steps=6
+  begin 'CA key (4096-bit RSA: a few seconds)'
+  run genrsa -out certs/ca.key 4096
+  begin 'CA certificate'
+  run req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf
+  made+=(ca.key ca.crt)
+  begin 'server key and CSR'
+  request server
 fi
 
-# --- The whole set -------------------------------------------------------------------------
+for leaf in "${leaves[@]}"; do
+  case $command:$leaf in
+    set:server | renew:*) begin "$leaf certificate" ;;
+    *) begin "$leaf key, CSR and certificate" ;;
+  esac
+  request "$leaf"
+  sign "$leaf"
+done
 
-begin '[1/6] CA key (4096-bit RSA: a few seconds)'
-run genrsa -out certs/ca.key 4096
+[ -z "$client" ] || { begin PFX; export_pfx "$client"; }
 
-begin '[2/6] CA certificate'
-run req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf
+for leaf in "${leaves[@]}"; do
+  run verify -x509_strict -purpose "ssl$(kind "$leaf")" -CAfile certs/ca.crt "certs/$leaf.crt"
+  printf '%s\n' "$said"   # certs/NAME.crt: OK
+done
 
-begin '[3/6] server key and CSR'
-run genrsa -out certs/server.key 2048
-run req -new -key certs/server.key -out certs/server.csr -config certs/server.cnf
-
-# Signing copies nothing from the CSR: -extensions with -extfile puts SAN and EKU in.
-begin '[4/6] server certificate'
-run x509 -req -days 365 -in certs/server.csr -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
-  -out certs/server.crt -extensions v3_server -extfile certs/server.cnf
-
-begin '[5/6] client key, CSR and certificate'
-issue_client client
-
-begin '[6/6] PFX'
-export_pfx client
-
-verify_chain server sslserver
-verify_chain client sslclient
-
-had_ca=no; [ ! -e "$certs/ca.crt" ] || had_ca=yes
 install
 
-printf '\nNow in certs/:\n'
-printf '  ca.crt, ca.key          the CA, trust anchor of both sides; %s\n' "$(valid_until ca)"
-printf '  server.crt, server.key  for localhost and 127.0.0.1; %s\n' "$(valid_until server)"
-printf '  client.crt, client.key  CN mtls-client; %s\n' "$(valid_until client)"
-printf '  client.pfx              the same with the CA, for browsers\n'
-if [ "$had_ca" = yes ]; then
-  printf 'The CA is new: what the former one issued no longer works; restart a running server.\n'
+# --- What there is now ---------------------------------------------------------------------
+
+common_name() { about x509 -noout -subject -nameopt multiline -in "$certs/$1.crt" | sed -n 's/^ *commonName *= //p'; }
+
+host_names() {   # LibreSSL has no -ext
+  about x509 -noout -text -in "$certs/server.crt" | sed -n '/Alternative Name/{n;s/^ *//;s/DNS://g;s/IP Address://g;p;}'
+}
+
+# row NAME: its certificate (and key, if new), what it is for, and until when.
+row() {
+  local files=$1.crt what
+  case " ${made[*]} " in *" $1.key "*) files="$files, $1.key" ;; esac
+  case $1 in
+    ca) what='the CA, trust anchor of both sides' ;;
+    server) what="for $(host_names)" || : ;;
+    *) what="CN $(common_name "$1")" || : ;;
+  esac
+  printf '  %-23s %s; ' "$files" "$what"
+  about x509 -noout -enddate -in "$certs/$1.crt" | sed 's/notAfter=/valid until /' || echo
+}
+
+# client_names: the CNs of all clients in certs/ that the CA vouches for, client.crt's first.
+client_names() {
+  local file cn names=
+  while read -r file; do
+    cn=$(printf %q "$(common_name "${file%.crt}")")
+    case "$file $names " in ./ca.crt* | *" $cn "*) ;; *) names="$names $cn" ;; esac   # to LibreSSL, a CA is a client, too
+  done < <(cd "$certs" && about verify -purpose sslclient -CAfile ca.crt client.crt ./*.crt | sed -n 's/: OK$//p')
+  printf '%s\n' "$names"
+}
+
+case $command in
+  set) printf '\nNow in certs/:\n'; row ca ;;
+  client) printf '\nMade in certs/:\n' ;;
+  renew) printf '\nRenewed in certs/:\n' ;;
+esac
+for leaf in "${leaves[@]}"; do row "$leaf"; done
+[ -z "$client" ] || printf '  %-23s the same with the CA, for browsers\n' "$client.pfx"
+if [ -e replaced/ca.crt ]; then
+  printf 'The CA is new: what the former one issued no longer works.\n'
+  for file in "$certs"/*.crt; do
+    other=${file##*/} other=${other%.crt}
+    ! of_former_ca "$file" ||
+      printf 'certs/%s.crt is of the former CA; reissue it: bash certs/gen_certs.sh client %s\n' "$other" "$other"
+  done
 fi
-for file in "$certs"/*.crt; do
-  other=${file##*/}; other=${other%.crt}
-  if of_former_ca "$file"; then
-    printf 'certs/%s.crt is of a former CA; reissue it: bash certs/gen_certs.sh client %s\n' "$other" "$other"
-  fi
-done
-show_password client
-printf 'Next: %s server/server.py\n' "$python"
+[ ! -e replaced/server.crt ] || printf 'A running server takes them up by itself.\n'
+[ -z "$made_up_password" ] || printf 'Password of certs/%s.pfx (shown only now): %s\n' "$client" "$made_up_password"
+case $command in
+  set) printf 'Next: %s server/server.py\n' "$python" ;;
+  client)
+    printf 'Next: %s server/server.py --allow-cn%s\n' "$python" "$(client_names)"
+    printf 'then: %s client/client.py --cert certs/%s.crt --key certs/%s.key\n' "$python" "$client" "$client" ;;
+esac

@@ -54,7 +54,7 @@ class Certificates:
         self.folder, self.make_context = folder, make_context
         self.generation = 0
         self.stamps: list[tuple[int, ...] | None] = []   # of the files in use
-        self.problem, self.since, self.told = "", 0.0, False
+        self.problem, self.since, self.told = "", 0.0, ""   # why the files are not used, since when, what the log knows
         self.take_up()
 
     def look(self) -> str | None:
@@ -65,7 +65,7 @@ class Certificates:
                 self.take_up()
         except Unusable as error:
             return self.complaint(str(error))
-        self.problem, self.told = "", False
+        self.problem, self.told = "", ""
         news = "new ones are in use"
         if (former.ca, former.certificate) == (self.found.ca, self.found.certificate):   # then the key is the same, too
             if not told:
@@ -79,13 +79,12 @@ class Certificates:
     def take_up(self) -> None:
         """Load what is in the folder and use it from now on. Raises Unusable, and then nothing is changed."""
         stamps = file_stamps(self.folder)
-        found = verified(self.folder)
         try:
+            found = verified(self.folder)
             context = self.make_context(self.folder)
             send_with_ca(context, self.folder, found)
-        except OSError as error:   # ssl.SSLError is one
-            raise Unusable(f"{self.folder}: cannot use these certificates ({in_words(error)}); "
-                           "are they being replaced?") from None
+        except OSError as error:   # ssl.SSLError is one; a file has vanished after it was read
+            raise Unusable(f"{self.folder}: cannot load the certificates ({in_words(error)}); try again") from None
         if file_stamps(self.folder) != stamps:
             raise Unusable(f"{self.folder}: the certificates are being replaced; try again when that is done")
         if self.stamps and self.found.ca != found.ca:
@@ -95,10 +94,10 @@ class Certificates:
     def complaint(self, problem: str) -> str | None:
         """The line about a problem that has lasted for some time: once for each."""
         if problem != self.problem:
-            self.problem, self.since, self.told = problem, time.monotonic(), False
-        if self.told or time.monotonic() - self.since < PATIENCE:
+            self.problem, self.since = problem, time.monotonic()
+        if problem == self.told or time.monotonic() - self.since < PATIENCE:
             return None
-        self.told = True
+        self.told = problem
         return f"CERTIFICATES | the former ones stay in use | {problem}"
 
 
@@ -148,15 +147,15 @@ def verified(folder: Path) -> Found:
             raise Unusable(f"{certificate}: {in_words(error)}; {cure(key)}") from None
         raise Unusable(f"{key}: is damaged; {cure(key)}") from None
     try:
-        handshake(client, server)
+        leaf = handshake(client, server)
     except ssl.SSLError as error:
         words = getattr(error, "verify_message", None) or in_words(error)
         problem = PROBLEMS.get(getattr(error, "verify_code", 0), f"does not verify with ca.crt ({words})")
         raise Unusable(f"{certificate}: {problem}; {cure(certificate)}") from None
-    issuer, trusting = the_issuer(contents[0], server) or (contents[0], client)
-    leaf, root = handshake(trusting, server), trusting.get_ca_certs()[0]
+    issuer, about_issuer = the_issuer(contents[0], server)
+    warning = dates(ca, about_issuer) or dates(certificate, leaf) or names(certificate, leaf)
     return Found(contents[0], contents[1], frozenset(client.get_ca_certs(binary_form=True)), issuer,
-                 str(leaf["notAfter"]), dates(ca, root) or dates(certificate, leaf) or names(certificate, leaf))
+                 str(leaf["notAfter"]), warning)
 
 
 PROBLEMS = dict.fromkeys((7, 18, 19, 20, 21), "is not signed by the CA in ca.crt") | {
@@ -183,25 +182,27 @@ def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any]:
     return theirs.getpeercert() or {}
 
 
-def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, ssl.SSLContext] | None:
-    """Of several CAs, which may have the same name, the one that has signed, and a context that trusts only it."""
-    for block in re.findall(rb"-----BEGIN [A-Z0-9 ]+-----.+?-----END [A-Z0-9 ]+-----", ca, re.DOTALL):
+def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, dict[str, Any]]:
+    """Of the CAs in ca.crt, which may have the same name, the one that has signed: in PEM, and what it says."""
+    for block in re.findall(rb"-----BEGIN [A-Z0-9 ]+-----.+?-----END [A-Z0-9 ]+-----\n?", ca, re.DOTALL):
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN   # it need not be a root
         with contextlib.suppress(ssl.SSLError, UnicodeError):
             client.load_verify_locations(cadata=block.decode("ascii"))
             handshake(client, server)
-            return block + b"\n", client
-    return None
+            for about in client.get_ca_certs():   # none if it is server.crt itself
+                return block, about
+    return b"", {}
 
 
-def dates(file: Path, certificate: dict[str, Any]) -> str | None:
+def dates(file: Path, about: dict[str, Any]) -> str | None:
     """Why a client will refuse this certificate today, and what to do; None if it will not."""
-    if time.time() < ssl.cert_time_to_seconds(certificate["notBefore"]):
-        return (f"{file}: certificate is not yet valid (before {certificate['notBefore']}): clients will refuse it; "
+    start, end = about.get("notBefore"), about.get("notAfter")
+    if start and time.time() < ssl.cert_time_to_seconds(start):
+        return (f"{file}: certificate is not yet valid (before {start}): clients will refuse it; "
                 f"set this machine's clock, or {cure(file)}")
-    if time.time() > ssl.cert_time_to_seconds(certificate["notAfter"]):
-        return f"{file}: certificate has expired ({certificate['notAfter']}): clients will refuse it; {cure(file)}"
+    if end and time.time() > ssl.cert_time_to_seconds(end):
+        return f"{file}: certificate has expired ({end}): clients will refuse it; {cure(file)}"
     return None
 
 
@@ -251,7 +252,7 @@ def read(file: Path) -> bytes:
     except PermissionError:
         raise Unusable(f"{file}: may not be read; {permit(file)}") from None
     except OSError as error:
-        raise Unusable(f"{file}: cannot be read ({error.strerror}); {cure(file)}") from None
+        raise Unusable(f"{file}: cannot be read ({error.strerror}); look at it: ls -l certs/{file.name}") from None
     holds = [what for what, pattern in LOOKS.items() if re.search(pattern, content, re.DOTALL)]
     holds = holds or ["neither PEM nor DER"]
     wanted = "a private key" if file.name == "server.key" else "a certificate"
@@ -302,7 +303,7 @@ def permit(file: Path) -> str:
         if file.stat().st_uid == os.getuid():
             return f"it is yours: chmod u+r certs/{file.name}"
     except (KeyError, OSError, NotImplementedError):   # unknown, in a closed folder, Windows
-        return f"see whose it is: ls -l {file.parent}"
+        return f"see whose it is: ls -ld certs certs/{file.name}"
     return f'it belongs to {owner}; start the server as {owner}, or: sudo chown "$(id -un)" certs/{file.name}'
 
 
@@ -336,7 +337,7 @@ def in_words(error: Exception) -> str:
         if alert[1] in ALERTS:
             return f"the client refused our certificate (alert {alert[1]}): {ALERTS[alert[1]]}"
         return f"the client ended the handshake (alert {alert[1]})"
-    if isinstance(error, ssl.SSLEOFError) or "unexpected eof" in text:
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "unexpected eof" in text:
         return "the client closed the connection during the handshake (eof); its own output may say why"
     if text == "http request":
         return "http request without TLS; the client must use https://"

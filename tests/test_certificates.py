@@ -1,0 +1,342 @@
+"""The server's own certificates: what it says of them, steps that help, and how it takes up new ones while it runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shutil
+import ssl
+import subprocess
+import sys
+import unittest
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from tests import side_by_side as load_tests  # noqa: F401
+from tests.support import (
+    ROOT,
+    Lab,
+    Server,
+    ServerCase,
+    Talk,
+    comes_true,
+    environment,
+    issue,
+    lab,
+    new_folder,
+    openssl,
+    prepared_path,
+    side_by_side,
+    succeed,
+)
+from tests.test_server import copy_of_lab, other_lab
+
+sys.path.insert(0, str(ROOT / "server"))
+import certificates as module
+from certificates import FILES, Certificates, Unusable, in_words
+
+from server import tls_context
+
+EXPIRED = "20200101000000Z", "20200201000000Z"
+FOLDER, UNREADABLE = b"a folder", b"unreadable"
+
+
+def of(name: str, source: Lab | None = None) -> bytes:
+    """A file of the lab, or of another one."""
+    return ((source or lab()).certs / name).read_bytes()
+
+
+def made(command: str) -> bytes:
+    """What openssl makes of the lab's files."""
+    result = new_folder("made") / "file"
+    openssl(*command.split(), "-out", result, cwd=lab().certs)
+    return result.read_bytes()
+
+
+def context_of(source: Lab, client_of: Lab, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
+    """A client that trusts the CA of one lab and has a certificate of another."""
+    context = source.context(None, maximum_version=version)
+    context.load_cert_chain(client_of.certs / "client.crt", client_of.certs / "client.key")
+    return context
+
+
+def failure(server: ssl.SSLContext, client: ssl.SSLContext, name: str = "localhost", then: bytes | None = None) -> str:
+    """Why a handshake in memory fails, in the server's words; "" if it does not.
+
+    After its hello the client sends ``then`` and leaves, if that is given.
+    """
+    to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
+    theirs = client.wrap_bio(to_client, to_server, server_hostname=name)
+    ours = server.wrap_bio(to_server, to_client, server_side=True)
+    for round_trip in range(4):
+        if then is None or not round_trip:
+            with contextlib.suppress(ssl.SSLError):
+                theirs.do_handshake()
+        else:
+            to_server.write(then)
+            to_server.write_eof()
+        try:
+            ours.do_handshake()
+        except ssl.SSLWantReadError:
+            continue
+        except ssl.SSLError as error:
+            return str(in_words(error))
+    return ""
+
+
+class TestWords(unittest.TestCase):
+    """What the log says of a handshake that has failed."""
+
+    def test_who_refused_whom(self) -> None:
+        """A client that refuses us, one that we refuse, and one that leaves; without OpenSSL's history."""
+        copy = copy_of_lab("words")
+        issue(copy, "expired", "/CN=localhost", "subjectAltName = DNS:localhost", *EXPIRED)
+        ours, wrong_job, expired = (tls_context(copy.certs) for _ in range(3))
+        for context, name in (wrong_job, "client"), (expired, "expired"):
+            context.load_cert_chain(copy.certs / f"{name}.crt", copy.certs / f"{name}.key")
+        old = context_of(copy, copy, ssl.TLSVersion.TLSv1_2)
+
+        def alert(code: int) -> str:
+            return failure(ours, old, then=b"\x15\x03\x03\0\2\2" + bytes([code]))
+
+        by_client, by_us = r"^the client refused our certificate \(alert {}\): .*", "^client certificate refused: "
+        for said, words in (
+                (failure(ours, other_lab().context()), by_client.format("unknown ca") + "does not trust the CA"),
+                (failure(ours, old, "example.org"), by_client.format("bad certificate") + "the names in server.crt"),
+                (failure(expired, old), by_client.format("certificate expired") + "server.crt has expired"),
+                (failure(wrong_job, old), by_client.format("unsupported certificate") + "not for a server"),
+                (alert(44), by_client.format("certificate revoked")), (alert(51), by_client.format("decrypt error")),
+                (alert(40), r"^the client ended the handshake \(alert handshake failure\)$"),
+                (alert(112), r"^the client ended the handshake \(alert unrecognized name\)$"),
+                (failure(ours, old, then=b""), r"^the client closed the connection during the handshake \(eof\)"),
+                (failure(ours, copy.context(None)), "^peer did not return a certificate$"),
+                (failure(ours, copy.context("expired")), by_us + "certificate has expired$"),
+                (failure(ours, copy.context("server")), by_us + ".* purpose; it is not for a client"),
+                (failure(ours, context_of(copy, other_lab())), by_us + ".*; no CA in ca.crt has signed it$"),
+                (in_words(OSError("a\nb\x1b[31m" + "x" * 500)), r"^a\?b\?\[31mx*$")):
+            with self.subTest(words):
+                self.assertRegex(said, words)
+                self.assertRegex(said, r"\A[ -~]{1,200}\Z")
+
+
+class TestCauses(unittest.TestCase):
+    """Files that cannot be used: which one, why, and a step that helps. The steps are taken, as they are printed."""
+
+    def take_steps(self, case: tuple[dict[str, bytes | None], list[str]]) -> str | None:
+        """Spoil files. The server names these problems one after the other, and what it says to do helps against each.
+
+        Returns what is wrong with that, if anything.
+        """
+        copy = copy_of_lab("spoilt")
+        for name, content in case[0].items():
+            (copy.certs / name).unlink()
+            if content is FOLDER:
+                (copy.certs / name).mkdir()
+            elif content is not None:
+                (copy.certs / name).write_bytes(content)
+                (copy.certs / name).chmod(0 if content is UNREADABLE else 0o600)
+        try:
+            for problem in case[1]:
+                with self.assertRaisesRegex(Unusable, problem) as refusal:
+                    Certificates(copy.certs, tls_context)
+                command = re.search(r": ((?:bash|openssl|\(umask|mv|rmdir|chmod) [ -~]*)\Z", str(refusal.exception))
+                subprocess.run(["sh", "-c", command[1] if command else "false"], cwd=copy.root, input=b"secret\n",
+                               env=environment({"PATH": prepared_path()}), capture_output=True, check=True,
+                               start_new_session=True)   # without a terminal, so openssl reads the password from here
+            self.assertIsNone(Certificates(copy.certs, tls_context).warning)
+            self.assertEqual((copy.certs / "server.key").stat().st_mode & 0o777, 0o600)
+        except (AssertionError, Unusable, subprocess.CalledProcessError) as error:
+            return repr(error)
+        return None
+
+    def test_each_cause(self) -> None:
+        """Missing, empty, damaged, in another form, something else, not fitting."""
+        renew, remade = "bash certs/gen_certs.sh renew", "openssl req -new -x509 .* -key certs/ca.key"
+        another, pfx = "mv certs/server.key certs/server.old.key && " + renew, made(
+            "pkcs12 -export -passout pass:secret -inkey server.key -in server.crt")
+        damaged = "-----BEGIN {0}-----\nAAAA\n-----END {0}-----\n"
+        cases: list[tuple[dict[str, bytes | None], list[str]]] = [
+            ({"ca.crt": None}, [f"ca.crt: is missing; .*: {remade}"]),
+            ({"ca.crt": None, "ca.key": None}, ["copy it from where .*, or .* new CA: bash certs/gen_certs.sh$"]),
+            (dict.fromkeys(("ca.key", *FILES)), ["ca.crt: is missing; .* CA included: bash certs/gen_certs.sh$"]),
+            ({"ca.crt": b""}, [f"ca.crt: holds nothing, .*: {remade}"]),
+            ({"ca.crt": damaged.format("CERTIFICATE").encode()}, [f"ca.crt: is damaged; .*: {remade}"]),
+            ({"ca.crt": made("x509 -outform DER -in ca.crt")}, ["in DER, .*: openssl x509 -inform DER"]),
+            ({"ca.crt": of("server.crt")}, [f"ca.crt: is no CA's certificate; .*: {remade}"]),
+            ({"server.crt": None, "server.key": None, "client.crt": None}, [f"server.crt: is missing; .*: {renew}$"]),
+            ({"server.crt": FOLDER}, ["is a folder .*: rmdir certs/server.crt$", f"is missing; .*: {renew} server$"]),
+            ({"server.crt": of("server.csr")}, [rf"holds a certificate request \(CSR\), .*: {renew}"]),
+            ({"server.crt": damaged.format("CERTIFICATE").encode()}, [f"server.crt: is damaged; .*: {renew}"]),
+            ({"server.crt": of("server.key")}, [f"server.crt: holds a private key, .*: {renew}"]),
+            ({"server.crt": pfx, "server.key": pfx},
+             [r"server.crt: holds a PFX \(PKCS#12\), .*: openssl pkcs12 -clcerts", "server.key: .*pkcs12 -nocerts"]),
+            ({name: of(name, other_lab()) for name in ("server.crt", "server.key")},
+             [f"server.crt: is not signed by the CA in ca.crt; .*: {renew}"]),
+            ({f"server.{kind}": of(f"client.{kind}") for kind in ("crt", "key")},
+             [f"server.crt: is not for a server .*; .*: {renew}"]),
+            ({"server.key": None}, [f"server.key: is missing; .*: {renew}"]),
+            ({"server.key": b"junk"}, [f"server.key: holds neither PEM nor DER, .*: {another}"]),
+            ({"server.key": damaged.format("PRIVATE KEY").encode()}, [f"server.key: is damaged; .*: {another}"]),
+            ({"server.key": of("client.key")}, [f"server.key: does not belong to server.crt; .*: {renew}"]),
+            ({"server.key": made("ecparam -name prime256v1 -genkey -noout")}, ["server.key: does not belong to"]),
+            ({"server.key": made("pkey -outform DER -in server.key")}, ["in DER, .*openssl pkey -inform DER"]),
+            ({"server.key": made("rsa -aes128 -passout pass:secret -in server.key")},
+             ["holds a private key with a password, .*; remove the password: .*openssl pkey"]),
+        ]
+        if os.getuid():   # root may read everything
+            cases.append(({"server.key": UNREADABLE}, ["may not be read; it is yours: chmod u.r certs/", another]))
+        for wrong, (files, _) in zip(side_by_side(self.take_steps, cases), cases, strict=True):
+            with self.subTest(files=files):
+                self.assertIsNone(wrong)
+
+
+class TestLook(unittest.TestCase):
+    """What becomes of changes to the files."""
+
+    def test_changes(self) -> None:
+        """A new set is used from then on; one that is of no use is not, and its problem is told once."""
+        self.addCleanup(setattr, module, "PATIENCE", module.PATIENCE)
+        module.PATIENCE = 0.0
+        copy = copy_of_lab("changes")
+        key, aside = copy.certs / "server.key", copy.certs / "aside"
+        in_use = r"^CERTIFICATES \| new ones are in use \| server.crt valid until [^|]* GMT"
+        stay = r"^CERTIFICATES \| the former ones stay in use \| .*/server.key: "
+        both = of("ca.crt", other_lab()) + of("ca.crt")
+
+        def replace(by: Lab) -> None:
+            shutil.copytree(by.certs, copy.certs, dirs_exist_ok=True)
+
+        changes: list[tuple[Callable[[], object], str, int]] = [
+            (lambda: None, "", 0),
+            (key.touch, "", 0),
+            (lambda: copy.generate("renew", "server"), in_use + "$", 0),
+            (lambda: key.rename(aside), stay + "is missing; .* renew", 0),
+            (lambda: None, "", 0),
+            (lambda: key.write_text("junk"), stay + "holds neither PEM nor DER", 0),
+            (lambda: aside.replace(key), "the former ones are back", 0),
+            (key.touch, "", 0),
+            (lambda: (copy.certs / "ca.crt").write_bytes(both), in_use + r" \| ca.crt has changed$", 1),
+            (lambda: replace(other_lab()), in_use + r" \| ca.crt has changed$", 2),
+            (lambda: replace(lab()), in_use + r" \| the CA is new$", 3),
+        ]
+        certificates = Certificates(copy.certs, tls_context)
+        for change, line, generation in changes:
+            with self.subTest(line):
+                former = certificates.context
+                change()
+                self.assertRegex(certificates.look() or "", line or "^$")
+                self.assertEqual(certificates.generation, generation)
+                if "stay" in line:
+                    self.assertIs(certificates.context, former)
+
+    def test_warnings(self) -> None:
+        """A certificate that clients will refuse is used, with a warning that says what to do; which helps."""
+        names = "subjectAltName = IP:127.0.0.1"
+        for words, *case in (("certificate has expired", names, *EXPIRED),
+                             ("certificate is not yet valid", names, "20490101000000Z", "20490201000000Z"),
+                             ("has no names", "extendedKeyUsage = serverAuth")):
+            copy = copy_of_lab("warnings")
+            certificates = Certificates(copy.certs, tls_context)
+            issue(copy, "server", "/CN=localhost", *case)
+            with self.subTest(words):
+                warning = f"/server.crt: {words}.*: clients will refuse it; .*: bash certs/gen_certs.sh renew server$"
+                self.assertRegex(certificates.look() or "", rf" \| new ones are in use .* \| WARNING: .*{warning}")
+                self.assertRegex(Certificates(copy.certs, tls_context).warning or "", warning)
+                copy.generate("renew", "server")
+                self.assertRegex(certificates.look() or "", "new ones are in use")
+                self.assertIsNone(certificates.warning)
+
+    def test_a_set_that_changes_while_it_is_loaded(self) -> None:
+        """It could be half of one and half of another: it is loaded once more at the next look."""
+        file = copy_of_lab("half").certs / "server.crt"
+        changes: list[Callable[[], object]] = [lambda: None, file.touch]
+
+        def slow(certs: Path) -> ssl.SSLContext:
+            context = tls_context(certs)
+            if changes:
+                changes.pop(0)()
+            return context
+
+        certificates = Certificates(file.parent, slow)
+        former = certificates.context
+        file.write_bytes(file.read_bytes() + b"\n")
+        self.assertIsNone(certificates.look())
+        self.assertIs(certificates.context, former)
+        self.assertRegex(certificates.look() or "", "new ones are in use")
+
+    def test_two_cas(self) -> None:
+        """ca.crt may hold the former CA and the new one: who trusts either, with a certificate of either, gets in."""
+        for order in (lab(), other_lab()), (other_lab(), lab()):
+            copy = copy_of_lab("two CAs")
+            (copy.certs / "ca.crt").write_bytes(b"".join(of("ca.crt", one) for one in order))
+            for server_of in order:
+                for name in ("server.crt", "server.key"):
+                    (copy.certs / name).write_bytes(of(name, server_of))
+                certificates = Certificates(copy.certs, tls_context)
+                self.assertEqual(certificates.found.issuer, of("ca.crt", server_of), "what is sent with server.crt")
+                for version in ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3:
+                    for client_of in order:
+                        self.assertEqual(failure(certificates.context, context_of(server_of, client_of, version)), "")
+
+    def test_many_changes_cost_nothing(self) -> None:
+        """No descriptor and no memory is lost by them. (In a process of its own: here, others run meanwhile.)"""
+        program = """if True:
+            import os, resource, sys, tests.test_certificates as t
+            certificates = t.Certificates(t.Path(sys.argv[1]), t.tls_context)
+            def has(changes, start):
+                for number in range(start, start + changes):
+                    os.utime(certificates.folder / t.FILES[number % 3], (number, number))
+                    assert certificates.look() is None and certificates.stamps[number % 3][2] == number * 10 ** 9
+                free = os.open(os.devnull, os.O_RDONLY)
+                os.close(free)
+                return free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+            print(*has(30, 0), *has(100, 30))"""
+        said = succeed(sys.executable, "-W", "error", "-c", program, copy_of_lab("many").certs, cwd=ROOT)
+        free, memory, free_then, memory_then = map(int, said.split())
+        self.assertEqual(free, free_then)
+        self.assertLess(memory_then, memory * 1.03)
+
+
+class TestRunningServer(ServerCase):
+    """A running server takes up new certificates by itself."""
+
+    def test_it_follows(self) -> None:
+        """Renewed: all goes on. A new CA: its clients get in, the former's do not, and their connections end."""
+        in_use = r"CERTIFICATES \| new ones are in use \| server\.crt valid until [^|]* GMT"
+        copy = copy_of_lab("running")
+        context = copy.context()
+        with Server(copy) as server, Talk(server.connect(context=context)) as kept, ThreadPoolExecutor(1) as pool:
+            def serial() -> object:
+                with Talk(server.connect(context=context)) as talk:
+                    self.assertEqual(talk.ask("GET", "/todo").status, 200)
+                    return (talk.connection.getpeercert() or {})["serialNumber"]
+
+            def make(line: str, *arguments: str, **variables: str) -> None:
+                """Run gen_certs.sh until the log has this line; clients meanwhile are served or of the former CA."""
+                def is_done() -> bool:
+                    with contextlib.suppress(*([] if arguments else [ssl.SSLCertVerificationError])):
+                        serial()
+                    return making.done() and bool(re.search(rf"(?m)^\[SERVER\] {line}$", server.stderr.text()))
+
+                making = pool.submit(copy.generate, *arguments, **variables)
+                self.assertTrue(comes_true(is_done), server.stderr.now())
+                making.result()
+
+            before = serial()
+            make(in_use, "renew", "server")
+            self.assertNotEqual(serial(), before)
+            for _ in range(2):
+                self.assertEqual(kept.ask("GET", "/todo").status, 200, "its CA is still the same")
+            make(in_use + r" \| the CA is new", PREPARED_SET="other")
+            self.assertEqual(kept.ask("GET", "/todo").status, 200)
+            self.assert_ends_well(kept)
+            with (self.assertRaisesRegex(ssl.SSLError, "(?i)unknown.ca|decrypt.error"),
+                  Talk(server.connect(context=context_of(copy, lab()))) as talk):
+                talk.ask("GET", "/todo")
+            self.assertRaises(ssl.SSLCertVerificationError, server.connect, context=context)
+            server.stderr.wait_for("the client refused our certificate (alert ")
+            context = copy.context()
+            serial()
+            self.assert_no_defect_logged(server)

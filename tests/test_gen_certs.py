@@ -24,8 +24,11 @@ from tests.support import (
     PATIENCE,
     ROOT,
     Lab,
+    Server,
+    Talk,
     environment,
     in_terminal,
+    issue,
     lab,
     new_folder,
     once,
@@ -63,6 +66,8 @@ COMMANDS = [
     ("certs/server.crt: OK", "verify -x509_strict -purpose sslclient -CAfile certs/ca.crt certs/client.crt"),
 ]
 DECISIVE = len(COMMANDS)   # the last call of openssl before the new set is moved into place
+
+INTERRUPTED = "gen_certs.sh: interrupted; certs/ is as it was\n"
 
 # What a watched openssl or a meddling tool can do (sh). The script is its parent.
 FAILS = 'i=0; while [ $i -lt 150 ]; do i=$((i + 1)); echo "out $i"; echo "err $i" >&2; done; exit 1'
@@ -278,8 +283,8 @@ class WhatItMakes(GenCertsCase):
             r"\[1/6\] CA key .*", r"\[2/6\] CA certificate", r"\[3/6\] server key and CSR",
             r"\[4/6\] server certificate", r"\[5/6\] client key, CSR and certificate", r"\[6/6\] PFX",
             r"certs/server\.crt: OK", r"certs/client\.crt: OK", r"", r"Now in certs/:",
-            rf"  ca\.crt, ca\.key  .*; {ca}", rf"  server\.crt, server\.key  .*localhost.*127\.0\.0\.1; {server}",
-            rf"  client\.crt, client\.key  .*mtls-client; {client}", r"  client\.pfx  .*",
+            rf"  ca\.crt, ca\.key  .*; {ca}", rf"  server\.crt, server\.key  for localhost, 127\.0\.0\.1; {server}",
+            rf"  client\.crt, client\.key  CN mtls-client; {client}", r"  client\.pfx  .*",
             r"Next: python3 server/server\.py", r""]) + r"\Z")
 
     def test_commands(self) -> None:
@@ -305,8 +310,9 @@ class WhatItMakes(GenCertsCase):
         run = self.works(ready)
         self.assert_replaced(run)
         self.assertFalse(verifies(ready, "mallory"))
-        self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\ncerts/mallory\.crt is of a former CA; "
-                                     r"reissue it: bash certs/gen_certs\.sh client mallory\nNext: .*\n\Z")
+        self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\ncerts/mallory\.crt is of the former CA; "
+                                     r"reissue it: bash certs/gen_certs\.sh client mallory\n"
+                                     r"A running server takes them up by itself\.\nNext: .*\n\Z")
         self.works(ready, "client", "mallory")
         self.assertTrue(verifies(ready, "mallory", "client", "server"))
         self.assert_refused("gen_certs.sh: 'stranger' exists; .*", ready, "client", "stranger")
@@ -315,14 +321,14 @@ class WhatItMakes(GenCertsCase):
         """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
         ready = with_set()
         run = self.works(ready, "client", "zoe")
-        self.assertRegex(run.stdout, r"\A\[1/2\] zoe: key, CSR and certificate\n\[2/2\] zoe: PFX\n"
-                                     r"certs/zoe\.crt: OK\n\n"
-                                     r"Made certs/zoe\.crt, \.key, \.csr and \.pfx, CN zoe, valid until .* GMT\.\n"
-                                     r"Next: python3 server/server\.py --allow-cn mtls-client zoe\n"
+        self.assertRegex(run.stdout, r"\A\[1/2\] zoe key, CSR and certificate\n\[2/2\] PFX\n"
+                                     r"certs/zoe\.crt: OK\n\nMade in certs/:\n"
+                                     r"  zoe\.crt, zoe\.key        CN zoe; valid until .* GMT\n"
+                                     r"  zoe\.pfx                 the same with the CA, for browsers\n"
+                                     r"Next: python3 server/server\.py --allow-cn mtls-client mallory zoe\n"
                                      r"then: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
         self.assert_changed(run, "ca.srl", *ZOE)
         self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
-        self.assertNotIn("-subj", str(run.calls()), "LibreSSL would ignore it and issue a second mtls-client")
         with self.subTest("without ca.srl, serial numbers start anew, from a random one"):
             (ready.certs / "ca.srl").unlink()
             self.works(ready, "client", "anew")
@@ -339,21 +345,80 @@ class WhatItMakes(GenCertsCase):
                 shown = openssl("x509", "-noout", "-subject", "-in", ready.certs / f"{name}.crt")
                 self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
 
-    def test_existing_files(self) -> None:
-        """A NAME of which any file exists is refused, with the way out, which works in every shell."""
+
+class Renewal(GenCertsCase):
+    """bash certs/gen_certs.sh renew [NAME]"""
+
+    def test_renew(self) -> None:
+        """New certificates and PFX from the CA and keys that are there, with the names that server.cnf has now."""
         ready = with_set()
-        for name in ZOE:
-            with self.subTest(f"{name} exists"):
-                (ready.certs / name).write_text("precious")
-                self.assert_refused(f"gen_certs.sh: 'zoe' exists; .*: rm certs/{name}", ready, "client", "zoe")
-                (ready.certs / name).unlink()
-        (ready.certs / "mallory.two.key").write_text("another client's")
-        for shell in filter(shutil.which, ("sh", "bash", "zsh")):
-            with self.subTest(f"a client of the present CA is not reissued, until {shell} removes it as proposed"):
-                run = self.assert_refused("gen_certs.sh: 'mallory' exists; .*: rm .*", ready, "client", "mallory")
-                subprocess.run([shell, "-c", run.stderr.strip().rpartition(": ")[2]], cwd=ready.root, check=True)
-                self.assertEqual({*run.before} - {*contents(ready)}, {f"mallory.{kind}" for kind in KINDS})
-                self.works(ready, "client", "mallory")
+        succeed("sh", "-c", "echo 'DNS.2 = lab.test' >>server.cnf", cwd=ready.certs)
+        what = {"server.crt": "for localhost, 127.0.0.1, lab.test; ", "client.crt": "CN mtls-client; ",
+                "mallory.crt": "CN mallory; ", "pfx": "the same with the CA, for browsers"}
+        for arguments, changed in (((), ("server.crt", "client.crt", "client.pfx")), (("server",), ("server.crt",)),
+                                   (("client",), ("client.crt", "client.pfx")),
+                                   (("mallory",), ("mallory.crt", "mallory.pfx"))):
+            with self.subTest(f"gen_certs.sh renew {' '.join(arguments)}"):
+                run = self.works(ready, "renew", *arguments, env={"MTLS_PFX_PASSWORD": f"new {changed}"})
+                self.assert_changed(run, "ca.srl", *changed)
+                steps = [f"{name.split('.')[0]} certificate" if name.endswith("crt") else "PFX" for name in changed]
+                self.assertEqual(re.sub("valid until .* GMT", "", run.stdout), "".join([
+                    *(f"[{number}/{len(steps)}] {step}\n" for number, step in enumerate(steps, 1)),
+                    *(f"certs/{name}: OK\n" for name in changed if name.endswith("crt")), "\nRenewed in certs/:\n",
+                    *(f"  {name:23} {what.get(name, what['pfx'])}\n" for name in changed),
+                    "A running server takes them up by itself.\n" if "server.crt" in changed else ""]))
+                self.assertTrue(verifies(ready, "server", "client", "mallory"))
+                self.assertTrue(all(opens(ready.certs / name, f"new {changed}") for name in changed if "pfx" in name))
+
+    def test_repairs(self) -> None:
+        """Whichever files are lost or do not fit, the CA's pair aside: they are made anew, and keys are kept."""
+        leaves = [name for name in MADE if not name.startswith("ca.")]
+        for change, lost in (*((f"rm {name}", [name]) for name in (*leaves, "ca.srl")), (f"rm {' '.join(leaves)}", leaves),
+                             ("cp client.csr server.csr", ["server.csr"]), ("echo junk >client.csr", ["client.csr"]),
+                             (": >ca.srl", [])):
+            with self.subTest(change):
+                ready = with_set()
+                succeed("sh", "-c", change, cwd=ready.certs)
+                run = self.works(ready, "renew")
+                self.assert_changed(run, *{"ca.srl", "server.crt", "client.crt", "client.pfx", *lost},
+                                    *{name.replace("key", "csr") for name in lost if name.endswith("key")} - {*lost})
+                for name in ("server", "client"):
+                    self.assertEqual(f"{name}.crt, {name}.key  " in run.stdout, f"{name}.key" in lost)
+                self.assertTrue(verifies(ready, "server", "client", "mallory"))
+                self.assertEqual({mode for name, (mode, _) in contents(ready).items() if name[-3:] in ("key", "pfx", "srl")},
+                                 {"-rw-------"})
+
+    def test_change_of_the_ca(self) -> None:
+        """With the new CA, then the former one, in ca.crt nothing stands still while certificates are renewed."""
+        ready = with_set()
+        former = new_folder("former") / "ca.crt"
+        shutil.copy(ready.certs / "ca.crt", former)
+
+        def assert_served(*names: str) -> None:
+            with Server(ready, "--allow-cn", "mtls-client", "mallory", "zoe") as server:
+                for name in names:
+                    with Talk(server.connect(name)) as talk:
+                        self.assertEqual(talk.ask("GET", "/todo").status, 200, name)
+
+        succeed("sh", "-ec", """openssl genrsa -out certs/ca.key 4096
+            openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/new.crt -config certs/ca.cnf
+            cp certs/new.crt certs/alone.crt; cat certs/ca.crt >>certs/new.crt; mv certs/new.crt certs/ca.crt""",
+                cwd=ready.root, env={"PATH": prepared_path(), "PREPARED_SET": "third"})
+        self.works(ready, "client", "zoe")
+        assert_served("client", "mallory", "zoe")
+        trusted = ready.certs / "ca.crt"
+        both = trusted.read_text()
+        trusted.write_text(former.read_text())
+        self.assertTrue(verifies(ready, "server", "client"), "who has the former CA alone goes on with the server")
+        trusted.write_text(former.read_text() + both)
+        self.assert_refused("gen_certs.sh: the certificate of certs/ca.key must be the first in certs/ca.crt; move .*",
+                            ready, "renew")
+        trusted.write_text(both)
+        self.works(ready, "renew")
+        assert_served("client", "mallory", "zoe")
+        self.works(ready, "renew", "mallory")
+        trusted.write_text((ready.certs / "alone.crt").read_text())   # the former CA is of the past
+        assert_served("client", "mallory", "zoe")
 
 
 class Refusals(GenCertsCase):
@@ -364,23 +429,26 @@ class Refusals(GenCertsCase):
         fresh = Lab("help")
         for argument in ("--help", "-h"):
             self.assertRegex(self.works(fresh, argument, env={"PATH": path_without("openssl")}).stdout,
-                             r"(?s)\Ausage: bash certs/gen_certs\.sh .* client NAME .* --help .* MTLS_PFX_PASSWORD ")
+                             r"(?s)\Ausage: bash certs/gen_certs\.sh .* client NAME .* renew \[NAME\] .* --help .* MTLS_PFX_PASSWORD ")
 
     def test_arguments(self) -> None:
         """Anything else than the documented forms, or a NAME that is more than a file's and a common name: exit 2."""
         ready = with_set()
         for says, uses in (
             (r"usage: bash certs/gen_certs\.sh (?s:.*)\ngen_certs\.sh: cannot use these arguments: {all}",
-             (("banana",), ("--version",), ("",), ("client",), ("client", "a", "b"), ("client", "", "b"),
+             (("banana",), ("--version",), ("",), ("client", "a", "b"), ("renew", "a", "b"), ("client", "", "b"),
               ("zoe", "client"), ("--help", "client"), ("client:foo", ""), ("client:", ""), ("client:foo", "bar"),
               ("client", "zoe", ""), ("-h:",), ("--help", ""), ("", ""), ("", "zoe"), ("Client", "zoe"), (":",),
               ("2:client",))),
-            (r"gen_certs\.sh: '{name}' is not a valid NAME: letters, digits, '\.', '_' and '-', the first no .*",
-             [("client", name) for name in ("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño",
+            (r"gen_certs\.sh: '{name}' is not a valid NAME: letters, digits, '\.', '_' and '-', not starting .*",
+             [("renew", ""), ("renew", "../ca")] + [("client", name) for name in ("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño",
                                             "ñ", "*", "$(id)", "a,CN=b", "a/CN=b", "a=b", "a:b")]),
-            (r"gen_certs\.sh: '{name}' is of the whole set; choose another NAME",
+            (r"gen_certs\.sh: '{name}' belongs to the whole set; choose another NAME",
              [("client", name) for name in ("ca", "server", "client", "CA", "Server", "CLIENT")]),
-            (r"gen_certs\.sh: .* at most 64 .*", [("client", "x" * 65)]),
+            (r"gen_certs\.sh: '{name}' cannot be renewed; NAME is server, client or another client",
+             [("renew", name) for name in ("ca", "CA", "Server", "CLIENT")]),
+            (r"gen_certs\.sh: the NAME .* is missing; .*: bash certs/gen_certs\.sh client alice", [("client",)]),
+            (r"gen_certs\.sh: .* at most 64 .*", [("client", "x" * 65), ("renew", "x" * 65)]),
         ):
             for arguments in uses:
                 for locale in ("C",) if arguments[-1].isascii() else ("C", "C.UTF-8"):
@@ -409,57 +477,118 @@ class Refusals(GenCertsCase):
                 self.assert_refused("gen_certs.sh: 'mallory' exists; .*", ready, "client", "mallory", at=1,
                                     action=f'echo "{version}"; exit')
 
-    def test_files(self) -> None:
-        """A configuration or the CA is missing, or a folder is in the way of a file."""
-        whole, zoe = (), ("client", "zoe")
-        gone = "certs/{} is missing; bring it back, or begin anew with another CA: bash certs/gen_certs.sh"
-        folder = r"certs/{0} is a folder \(Docker .*\); remove it: rmdir certs/{0}"
+    def test_configuration(self) -> None:
+        """A configuration is missing, has no place for NAME (no second mtls-client is issued), or has an error."""
         for uses, change, says in (
-            *(((whole, zoe), f"rm {name}", f"certs/{name} is missing; restore it, .* with: git checkout certs/{name}")
+            *((((), ("client", "zoe"), ("renew",)), f"rm {name}",
+               f"certs/{name} is missing; restore it, .* with: git checkout certs/{name}")
               for name in ("ca.cnf", "server.cnf", "client.cnf")),
-            ((zoe,), "rm ca.crt ca.key", "there is no CA yet; make it first: bash certs/gen_certs.sh"),
-            *(((zoe,), f"rm {name}", gone.format(name)) for name in ("ca.crt", "ca.key")),
-            *(((whole, zoe), f"rm {name}; mkdir {name}", folder.format(name)) for name in ("ca.srl", "ca.key")),
-            ((whole,), "rm client.key; mkdir client.key", folder.format("client.key")),
-            ((zoe,), "mkdir zoe.pfx", folder.format("zoe.pfx")),
-            # There is no place for NAME: no second mtls-client is issued.
-            ((zoe,), "sed 's/CN =/commonName =/' client.cnf >new; mv new client.cnf",
+            ((("client", "zoe"), ("renew", "mallory")), "sed 's/CN =/commonName =/' client.cnf >x; mv x client.cnf",
              r"certs/client\.cnf has no line 'CN = .*"),
         ):
             ready = with_set()
-            subprocess.run(["sh", "-c", change], cwd=ready.certs, check=True)
+            succeed("sh", "-c", change, cwd=ready.certs)
             for arguments in uses:
                 with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {change}"):
                     self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments)
+        for mistake in ("IP.2 = lab.test", "DNS.2 lab.test", "[ alt_names", "URL.1 = x"):
+            with self.subTest(f"in server.cnf: {mistake}"):
+                ready = with_set()
+                succeed("sh", "-c", f"echo '{mistake}' >>server.cnf", cwd=ready.certs)
+                self.assertRegex(self.changes_nothing(ready, "renew").stderr, r"\ngen_certs\.sh: failed at \[1/3\] server "
+                                 r"certificate; certs/ is as it was; correct certs/server\.cnf, as openssl says above\n\Z")
+
+    def test_next_steps(self) -> None:
+        """The command that ends the message, taken literally, leads on, and loses nothing that could be kept."""
+        anew, renew, zoe = "bash certs/gen_certs.sh", ("renew",), ("client", "zoe")
+        again = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
+        lost = "if you cannot, make a new CA and all certificates"
+        der, locked = (f"openssl rsa {way} -in {{0}} -out x; mv x {{0}}"
+                       for way in ("-outform DER", "-aes128 -passout pass:typed"))
+        remove = "openssl rsa -in certs/{0} -out certs/{0}"
+        for arguments, changes, says, step in (
+            (renew, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew),
+            (zoe, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew),
+            (zoe, ("openssl x509 -in ca.crt -outform DER -out x; mv x ca.crt", "echo junk >ca.crt", ": >ca.crt",
+                   "rm ca.crt"), "certs/ca.crt (holds no .* in PEM form|is missing); make it again from its key", again),
+            (renew, ("echo junk >ca.key", ": >ca.key", "rm ca.key"),
+             f"certs/ca.key (holds no .* in PEM form|is missing); restore it; {lost}", anew),
+            (renew, (f"cp '{ready_set()}/ca.crt' .",),
+             f"certs/ca.key is not the key of certs/ca.crt; restore the one that is wrong; {lost}", anew),
+            (renew, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; make it again from its key",
+             again),
+            *((arguments, (locked.format(key),), f"certs/{key} has a password; remove it", remove.format(key))
+              for arguments, key in ((zoe, "ca.key"), (renew, "server.key"))),
+            (("renew", "mallory"), (der.format("mallory.key"),), "certs/mallory.key is in DER form; convert it to PEM",
+             "openssl rsa -inform DER -in certs/mallory.key -out certs/mallory.key"),
+            (("renew", "client"), ("echo junk >client.key", ": >client.key"), "certs/client.key holds no private key in "
+             "PEM form; for a new one, move it", "mv certs/client.key certs/client.old.key"),
+            (renew, ("openssl req -x509 -new -key client.key -subj /CN=stranger -config client.cnf -out client.crt",),
+             "certs/client.crt is not of this lab's CA; .*, move it", "mv certs/client.crt certs/client.old.crt"),
+            (("renew", "zoe"), (":",), "'zoe' has no certificate; make one", "bash certs/gen_certs.sh client zoe"),
+            (zoe, ("echo junk >zoe.pfx", "rm zoe.pfx; echo junk >zoe.csr", "rm zoe.csr; echo junk >zoe.crt",
+                   "rm zoe.crt; cp mallory.key zoe.key"), "'zoe' exists; choose another NAME, or renew it",
+             "bash certs/gen_certs.sh renew zoe"),
+            *((arguments, (f"rm -f {name}; mkdir {name}",), rf"certs/{name} is a folder \(Docker .*\); remove it",
+               f"rmdir certs/{name}") for arguments, name in (((), "ca.srl"), (zoe, "zoe.pfx"), (renew, "client.crt"))),
+        ):
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {'; '.join(changes)}"):
+                ready = with_set()
+                if "old" in changes[0]:
+                    issue(ready, "old", "/CN=mTLS Lab Root CA", start="20200101000000Z", end="20200102000000Z")
+                for change in changes:
+                    succeed("sh", "-c", change, cwd=ready.certs)
+                    self.assert_refused(f"gen_certs.sh: {says}: {re.escape(step)}", ready, *arguments)
+                code, shown = in_terminal(
+                    ["sh", "-c", step], [(f"phrase for {step.split()[-1]}:", "typed\n")] if "aes" in changes[0] else (),
+                    cwd=ready.root, env={"PATH": prepared_path(), "MTLS_PFX_PASSWORD": "secret"})
+                self.assertEqual(code, 0, shown)
+                if "gen_certs.sh" not in step:
+                    self.works(ready, *arguments)
+                self.assertTrue(verifies(ready, "server", "client"))
+                if arguments and step != anew and "old" not in changes[0]:
+                    self.assertTrue(verifies(ready, "mallory"), "what the CA has issued goes on working")
 
     def test_what_belongs_to_others(self) -> None:
-        """What cannot be read, or replaced: it says whose it is."""
+        """What cannot be read or written: it says whose it is, and no chmod that lets others in."""
         # Root may do everything, so root lets nobody do it, in a folder that nobody can reach.
         place = Path(tempfile.mkdtemp(prefix="mtls lab tests ")).resolve()
         self.addCleanup(shutil.rmtree, place)
         ready = with_set()
         certs = ready.certs = shutil.copytree(ready.certs, place / "certs")
-        modes = {place: 0o755, certs: 0o777, **dict.fromkeys(certs.iterdir(), 0o666)}
-        for path, mode in modes.items():
-            path.chmod(mode)
-        before = contents(ready)
-        nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if os.geteuid() == 0 else {}
-        for arguments, path, mode, says in (
-            ((), certs, 0o555, "write in {}: it is {}'s, dr-x"),
-            ((), certs / "gen_certs.sh", 0o444, "write {}: it is {}'s, -r--"),
-            ((), certs / "ca.cnf", 0, "read {}: it is {}'s, ----"),
-            (("client", "zoe"), certs / "ca.key", 0, "read {}: it is {}'s, ----"),
-            (("client", "zoe"), certs / "ca.srl", 0, "read {}: it is {}'s, ----"),
+        root = os.geteuid() == 0
+        nobody: dict[str, Any] = {"user": 65534, "group": 65534, "extra_groups": []} if root else {}
+        for path in (place, certs, *certs.iterdir()):
+            path.chmod(0o755 if path.is_dir() else 0o644)
+            if root:
+                os.chown(path, 65534, 65534)
+
+        def bash(*command: str) -> subprocess.CompletedProcess[str]:
+            return subprocess.run(["bash", *command], cwd=place, env=environment(), stdin=subprocess.DEVNULL, text=True,
+                                  capture_output=True, check=False, **nobody)
+
+        for arguments, name, mode, says in (
+            ((), "", 0o555, "write certs/"), ((), "gen_certs.sh", 0o444, r"write certs/gen_certs.sh \(for the lock\)"),
+            ((), "ca.cnf", 0, "read certs/ca.cnf"), (("client", "zoe"), "ca.key", 0, "read certs/ca.key"),
+            (("client", "zoe"), "ca.srl", 0, "read certs/ca.srl"), (("renew",), "server.key", 0, "read certs/server.key"),
         ):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with mode {mode:03o} of {path.name}"):
-                path.chmod(mode)
-                result = subprocess.run(["bash", str(certs / "gen_certs.sh"), *arguments], cwd="/", env=environment(),
-                                        stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **nobody)
-                path.chmod(modes[path])
-                self.assertEqual((result.returncode, result.stdout), (1, ""), result.stderr)
-                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {re.escape(says.format(path, path.owner()))}"
-                                                r".*; use chown or chmod\n\Z")
-                self.assertEqual(contents(ready), before)
+            for owner in ("other", "own") if root else ("own",):
+                with self.subTest(f"gen_certs.sh {' '.join(arguments)}, mode {mode:03o} of {owner} {name or 'certs/'}"):
+                    path = certs / name
+                    if owner == "other":
+                        os.chown(path, 0, 0)
+                    whole, before = path.stat().st_mode, path.chmod(mode) or contents(ready)
+                    result = bash("certs/gen_certs.sh", *arguments)
+                    self.assertEqual((result.returncode, result.stdout, contents(ready)), (1, "", before))
+                    step = {"own": f"chmod u\\+. certs/{name}",
+                            "other": "run this as root, or have it given to you with chown"}[owner]
+                    self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {says}: it is {path.owner()}'s, \S*; {step}\n\Z")
+                    if owner == "own":
+                        self.assertEqual(bash("-c", result.stderr.rpartition("; ")[2]).returncode, 0)
+                        self.assertEqual(stat.S_IMODE(path.stat().st_mode) & 0o077, mode & 0o077, "others gain nothing")
+                    path.chmod(whole)
+                    if owner == "other":
+                        os.chown(path, 65534, 65534)
 
 
 class Surroundings(GenCertsCase):
@@ -562,7 +691,7 @@ class Password(GenCertsCase):
         prompts = ("Enter Export Password:", "Verifying - Enter Export Password:")
         differ = ["gen_certs.sh: the two passwords were not the same"]
         empty = ["gen_certs.sh: the password must not be empty"]
-        end = ["gen_certs.sh: no password after 3 attempts; the certificates that were there are unchanged"]
+        end = ["gen_certs.sh: no password after 3 attempts; certs/ is as it was"]
         ready = with_set()
         for name, typed, complaints in (
             ("client", "typed $ecret,typed $ecret", []), ("a", "typed $ecret,typed $ecret", []),
@@ -592,7 +721,7 @@ class Password(GenCertsCase):
             password, = re.findall(rf"(?m)^Password of certs/{name}\.pfx .*: (\S{{20,}})$", run.stdout)
             self.assertEqual(run.stdout.count(password), 1)
             self.assertTrue(opens(ready.certs / f"{name}.pfx", password))
-            self.assertNotIn(password, str(run.calls()))
+            self.assertNotIn(password, str([call for _, call in run.calls()]))
             seen.add(password)
         self.assertEqual(len(seen), 2, "the same password twice")
 
@@ -603,9 +732,10 @@ class Password(GenCertsCase):
                    '*-enddate*) printf "notAfter=then\\r\\n"; exit ;; esac')
         run = Run(ready, "client", "zoe", action=windows, env={"MTLS_PFX_PASSWORD": "", "OSTYPE": "msys"})
         self.assertTrue(run.stdout.endswith(
-            "Made certs/zoe.crt, .key, .csr and .pfx, CN zoe, valid until then.\n"
+            "  zoe.crt, zoe.key        CN zoe; valid until then\n"
+            "  zoe.pfx                 the same with the CA, for browsers\n"
             "Password of certs/zoe.pfx (shown only now): s3cret\n"
-            "Next: python server/server.py --allow-cn mtls-client zoe\n"
+            "Next: python server/server.py --allow-cn mtls-client mallory zoe\n"
             "then: python client/client.py --cert certs/zoe.crt --key certs/zoe.key\n"), run.stdout)
         self.assertTrue(opens(ready.certs / "zoe.pfx", "s3cret"))
         run = Run(ready, action=windows, answers=(), env={"MTLS_PFX_PASSWORD": "", "OSTYPE": "cygwin"})
@@ -624,8 +754,8 @@ class NothingLost(GenCertsCase):
         for arguments, at, announced, command, password in (
             *(((), at, step if step.startswith("[") else "[6/6]", command, "secret")
               for at, (step, command) in enumerate(COMMANDS[1:], 2)), ((), 10, "[6/6]", "rand ", ""),
-            *((("client", "mallory"), at, "[1/2]" if at < 7 else "[2/2]", command, "secret") for at, command in
-              enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"), 4)),
+            *((("client", "mallory"), at, "[1/2]" if at < 13 else "[2/2]", command, "secret") for at, command in
+              enumerate(("genrsa", "req", "x509", "pkcs12", "asn1parse", "verify"), 10)),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: call {at} fails, openssl {command}"):
                 run = self.changes_nothing(ready, *arguments, at=at, action=FAILS, fast=not arguments,
@@ -633,28 +763,31 @@ class NothingLost(GenCertsCase):
                 self.assertTrue(run.calls()[-1][1].startswith(command))
                 self.assertEqual(run.stderr.splitlines()[:-1], CHATTER)
                 self.assertNotIn("out 1", run.stdout)
-                self.assertRegex(run.stderr, rf"\ngen_certs\.sh: failed at {re.escape(announced)} .*unchanged\n\Z")
+                self.assertRegex(run.stderr, rf"\ngen_certs\.sh: failed at {re.escape(announced)} .*as it was\n\Z")
 
     def test_interrupts(self) -> None:
         """Ctrl+C during any call of openssl; kill and a closed terminal at some; Ctrl+C at the work of other tools."""
         kill, hangup, alone = "kill -s TERM 0", "kill -s HUP 0", "kill -s TERM $PPID"
         codes = {CTRL_C: 130, kill: 143, hangup: 129, alone: 143}
-        zoe, ready = ("client", "zoe"), with_set()
+        ready = with_set()
         for arguments, at, action in (
-            *(((), at, CTRL_C) for at in range(2, DECISIVE + 1)),
+            *((arguments, at, CTRL_C) for arguments, last in (((), DECISIVE), (("client", "zoe"), 12), (("renew",), 20))
+              for at in range(2, last + 1)),
             *(((), at, action) for at in (2, 6, 11) for action in (kill, hangup, alone)),
-            (zoe, 2, CTRL_C), (zoe, 4, hangup), (zoe, 5, kill), (zoe, 7, CTRL_C),
+            (("client", "zoe"), 4, hangup), (("renew",), 9, kill),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {action} during call {at}"):
-                self.changes_nothing(ready, *arguments, at=at, action=action, fast=True, code=codes[action])
+                run = self.changes_nothing(ready, *arguments, at=at, action=action, fast=True, code=codes[action])
+                self.assertEqual((run.stderr, len(run.calls())), (INTERRUPTED, at))
         again = f'[ "$(wc -l <"$WATCH/calls")" -lt 6 ] || {CTRL_C}'   # in the end; there is one rm before that, too
         for name, when, at, action in (("mktemp", "before", 0, CTRL_C), ("mktemp", "after", 0, CTRL_C),
                                        ("mkdir", "after", 0, CTRL_C), ("cp", "before", 0, CTRL_C),
                                        ("chmod", "before", 0, CTRL_C), ("chmod", "after", 0, CTRL_C),
                                        ("rm", "before", 6, again), ("rm", "after", 6, again)):
             with self.subTest(f"Ctrl+C {when} {name}"):
-                self.changes_nothing(ready, at=at, action=CTRL_C if at else ":", fast=True, code=130,
-                                     env=meddling(name, **{when: action}))
+                run = self.changes_nothing(ready, at=at, action=CTRL_C if at else ":", fast=True, code=130,
+                                           env=meddling(name, **{when: action}))
+                self.assertEqual(run.stderr, INTERRUPTED)
 
     def test_from_the_move_on(self) -> None:
         """Once the certificates are being moved, neither a signal nor a failing openssl can spoil the run."""
@@ -679,6 +812,7 @@ class NothingLost(GenCertsCase):
                 run = self.changes_nothing(ready, at=at, action="echo held >/dev/tty; read -r line </dev/tty",
                                            answers=answers, code=130, env={"MTLS_PFX_PASSWORD": ""})
                 self.assertNotIn("same", run.stdout)
+                self.assertTrue(run.stdout.endswith(f"\n{INTERRUPTED}"), run.stdout)
 
     def test_killed(self) -> None:
         """kill -9 changes nothing either; what it leaves is for its owner alone, and the next run removes it."""
@@ -725,7 +859,7 @@ class NothingLost(GenCertsCase):
                     (ready.certs / name).unlink()
                 run = self.changes_nothing(ready, *arguments, fast=True, env=meddling("mv", meddle))
                 self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what.format(ready.certs.resolve())}: Operation "
-                                             "not permitted; the certificates that were there are unchanged\n")
+                                             "not permitted; certs/ is as it was\n")
 
     def test_nowhere_to_write(self) -> None:
         """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""

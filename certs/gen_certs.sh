@@ -70,13 +70,13 @@ esac
 
 certs=$(cd -- "$(dirname -- "$0")" && pwd -P)
 
-# cannot read|write FILE [USE]: says why. Only the owner is told to use chmod, and only for u:
-# with that, nobody else gains access to a key.
+# cannot read|write NAME [USE]: says why. Only the owner is told to use chmod, and only with u:
+# nobody else gains access to a key by that.
 cannot() {
-  local mode who step="chmod u+${1:0:1} $2"
-  read -r mode _ who _ < <(ls -ld "$2")
-  [ -O "$2" ] || step="run this as $who, or have it given to you with chown"
-  fail "cannot $1 $2${3:-}: it is $who's, $mode; $step"
+  local mode who step="chmod u+${1:0:1} certs/$2"
+  read -r mode _ who _ < <(ls -ld "$certs/$2")
+  [ -O "$certs/$2" ] || step="run this as $who, or have it given to you with chown"
+  fail "cannot $1 certs/$2${3:-}: it is $who's, $mode; $step"
 }
 
 command -v openssl >/dev/null || fail 'the openssl command is missing; install OpenSSL 1.1.1+ or LibreSSL 3.3+'
@@ -91,7 +91,7 @@ esac
 # The kernel holds this lock for as long as this process lives: a killed run cannot leave it
 # behind, and two runs can never both have it. macOS and Git Bash have no flock, but perl.
 # (Not tried on Windows: whether the lock outlives the perl that took it.)
-{ exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || cannot write "$certs/gen_certs.sh" ' (for the lock)'
+{ exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || cannot write gen_certs.sh ' (for the lock)'
 if command -v flock >/dev/null; then flock -n 9
 elif ! command -v perl >/dev/null; then fail 'neither flock nor perl is here; install one of them, for the lock'
 else perl -e 'use Fcntl ":flock"; open(F, "+<&=", 9) && flock(F, LOCK_EX | LOCK_NB) or exit 1'
@@ -113,7 +113,7 @@ stop() { trap '' HUP INT TERM; complain "interrupted; $unchanged" || :; exit "$1
 trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
-work=$(mktemp -d "$certs/.new.XXXXXX" 2>/dev/null) || cannot write "$certs"
+work=$(mktemp -d "$certs/.new.XXXXXX" 2>/dev/null) || cannot write ""
 
 # What a command prints is kept in memory, because the disk may be full, and shown if it fails.
 said=
@@ -136,7 +136,7 @@ begin() { number=$((number + 1)); step="[$number/$steps] $1"; printf '%s\n' "$st
 mkdir "$work/certs"
 cd "$work"
 take() {
-  [ -r "$certs/$1" ] || cannot read "$certs/$1"
+  [ -r "$certs/$1" ] || cannot read "$1"
   try cp "$certs/$1" certs/ || fail "cannot copy certs/$1: ${said##*: }"
 }
 for file in ca.cnf server.cnf client.cnf; do
@@ -154,11 +154,21 @@ done
 
 is_there() { [ -e "$certs/$1" ]; }
 
+# One $(...) a command: if a signal comes between two of them, bash 5.2 fails to read its own trap.
+
 # fits x509|req FILE KEY: whether the certificate or CSR is that of the key.
-fits() { [ "$(about "$1" -noout -pubkey -in "certs/$2")" = "$(about pkey -pubout -in "certs/$3")" ]; }
+fits() {
+  local public
+  public=$(about "$1" -noout -pubkey -in "certs/$2") || :
+  [ "$public" = "$(about pkey -pubout -in "certs/$3")" ]
+}
 
 # of_lab FILE: whether its issuer has the name of our CA, be it the present or a former one.
-of_lab() { [ "$(about x509 -noout -issuer_hash -in "$1")" = "$(about x509 -noout -subject_hash -in "$certs/ca.crt")" ]; }
+of_lab() {
+  local ca
+  ca=$(about x509 -noout -subject_hash -in "$certs/ca.crt") || :
+  [ "$ca" = "$(about x509 -noout -issuer_hash -in "$1")" ]
+}
 
 # of_former_ca FILE: whether a former CA issued it: the present one does not vouch for it.
 of_former_ca() { of_lab "$1" && ! try openssl verify -CAfile "$certs/ca.crt" "$1"; }
@@ -194,6 +204,7 @@ take_ca() {
   fi
   try openssl x509 -noout -checkend 0 -in certs/ca.crt || fail "certs/ca.crt has expired; $again"
   ! is_there ca.srl || take ca.srl
+  grep -qs '^[0-9A-F]' certs/ca.srl || rm -f certs/ca.srl   # openssl makes one if there is none
 }
 
 # take_leaf NAME: key and CSR, where they are there and belong together. The certificate is going to be replaced.
@@ -211,13 +222,15 @@ take_leaf() {
 
 made=(ca.srl)   # the files to be moved into place
 
-kind() { case $1 in server) echo server ;; *) echo client ;; esac; }
+kind=   # client or server
+kind_of() { kind=client; [ "$1" != server ] || kind=server; }
 
 # request NAME: key and CSR, unless they are there.
 request() {
+  kind_of "$1"
   [ -e "certs/$1.key" ] || { run genrsa -out "certs/$1.key" 2048; made+=("$1.key"); }
   [ -e "certs/$1.csr" ] || {
-    run req -new -key "certs/$1.key" -out "certs/$1.csr" -config "certs/$(kind "$1").cnf"
+    run req -new -key "certs/$1.key" -out "certs/$1.csr" -config "certs/$kind.cnf"
     made+=("$1.csr")
   }
 }
@@ -225,8 +238,9 @@ request() {
 # sign NAME: the certificate. Signing copies nothing from the CSR: SAN and EKU come from the
 # section -extensions of the file -extfile.
 sign() {
+  kind_of "$1"
   run x509 -req -days 365 -in "certs/$1.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
-    -out "certs/$1.crt" -extensions "v3_$(kind "$1")" -extfile "certs/$(kind "$1").cnf"
+    -out "certs/$1.crt" -extensions "v3_$kind" -extfile "certs/$kind.cnf"
   made+=("$1.crt")
 }
 
@@ -329,7 +343,8 @@ done
 [ -z "$client" ] || { begin PFX; export_pfx "$client"; }
 
 for leaf in "${leaves[@]}"; do
-  run verify -x509_strict -purpose "ssl$(kind "$leaf")" -CAfile certs/ca.crt "certs/$leaf.crt"
+  kind_of "$leaf"
+  run verify -x509_strict -purpose "ssl$kind" -CAfile certs/ca.crt "certs/$leaf.crt"
   printf '%s\n' "$said"   # certs/NAME.crt: OK
 done
 

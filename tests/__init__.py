@@ -8,8 +8,6 @@ unittest asks a package or a module for its `load_tests`. A test module whose cl
 side by side also when it is run alone says: ``from tests import side_by_side as load_tests``.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import threading
@@ -19,9 +17,15 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-if sys.platform == "win32" and sys.argv[0].endswith("unittest"):   # not for tests.mistakes, which runs there
-    print("The tests need a Unix system. On Windows, run them in WSL.", file=sys.stderr, flush=True)
-    os._exit(1)   # unittest would make a failed test of sys.exit()
+refusal = ""
+if sys.version_info < (3, 10):   # noqa: UP036   # this file must be readable for old ones: no "from __future__"
+    refusal = (f"The lab needs Python 3.10 or newer, and this is {sys.version.split()[0]}. On a Mac, Apple's python3 "
+               "is too old: install one from python.org or with Homebrew.")
+elif sys.platform == "win32" and sys.argv[0].endswith("unittest"):   # tests.mistakes does run there
+    refusal = "The tests need a Unix system. On Windows, run them in WSL."
+if refusal:
+    print(refusal, file=sys.stderr, flush=True)
+    os._exit(1)   # unittest would turn sys.exit() into a failed test
 
 AT_ONCE = 6
 """Classes that run side by side. More would only wait for the processor."""

@@ -9,19 +9,12 @@ import ssl
 import subprocess
 import sys
 import unittest
+from pathlib import Path
 
 from tests import mistakes
 from tests import side_by_side as load_tests  # noqa: F401
 from tests.mistakes import Bench, Outcome, meet
-from tests.support import (
-    PATIENCE,
-    ROOT,
-    environment,
-    new_folder,
-    once,
-    openssl,
-    request,
-)
+from tests.support import PATIENCE, ROOT, environment, new_folder, once, openssl, request
 from tests.test_readme import in_words_of_this_openssl, section, table
 
 HELLO = Outcome("hello, mtls-client", "mtls-client's request")
@@ -130,6 +123,21 @@ class CommandTest(unittest.TestCase):
         self.assertEqual(self.run_it(*COMMAND, PATH="/none"), ("", "mistakes: the openssl command is missing\n", 1))
         stdout, *rest = self.run_it("sh", "-c", '{ "$@"; echo $? >&2; } | head -n 1', "sh", *COMMAND)
         self.assertEqual((len(stdout.splitlines()), *rest), (1, "0\n", 0))
+
+    def test_old_python(self) -> None:
+        """Whatever is started says in one line that Python is too old: with an old one, or one that says it is."""
+        (custom := new_folder("old") / "sitecustomize.py").write_text(
+            "import sys; sys.version, sys.version_info = '3.9.6 (pretended)', (3, 9, 6)")
+        real = Path.home().glob(".pyenv/versions/3.[6-9].*/bin/python3")
+        for python, path in ((sys.executable, str(custom.parent)), *((str(python), "") for python in real)):
+            # With what makes them end at once where they do not refuse it.
+            for words in ("-m tests.mistakes -h", "-m unittest discover -s tests -t . -p no", "-m unittest tests.none",
+                          "client/client.py -h", "client/client_no_cert.py -h", "server/server.py -h",
+                          *(["tests/benchmark.py -h"] if path else [])):   # Python 3.7 cannot read that
+                with self.subTest(python=python, words=words):
+                    stdout, stderr, code = self.run_it(python, "-B", *words.split(), PYTHONPATH=path)
+                    self.assertRegex(stderr, r"\A.* needs? Python 3\.10 or newer, .*this is 3\.\d\.\d+.*\n\Z")
+                    self.assertEqual((stdout, code), ("", 1))
 
 
 REQUEST = request("POST", "/todo", b'{"task": "stolen"}')

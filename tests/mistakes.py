@@ -478,10 +478,10 @@ def uri_in(certificate: Any) -> str:
 def spiffe(bench: Bench) -> Outcome:
     """The handshake is fine, but a server that only looks at the CN sees nobody. The second server reads the SAN.
 
-    Cure: Take the name from where your CA puts it: dict(getpeercert()["subjectAltName"])["URI"].
+    Cure: Take the name from where your CA puts it: the URI in subjectAltName.
     """
     bench.issue("spiffe", like="client", subject={"CN": None, "O": "mTLS Lab"},
-                subjectAltName="URI:spiffe://lab.example/mtls-client")
+                subjectAltName="URI:spiffe://lab/mtls-client")
     return in_turn(meet(bench.server(), bench.client("spiffe")),
                    meet(bench.server(), bench.client("spiffe"), name_of=uri_in))
 
@@ -743,7 +743,7 @@ def shared(bench: Bench) -> Outcome:
 
 @experiment("keys and secrets", "key committed to git")
 def committed_key(bench: Bench) -> Outcome:
-    """The key came out of the history, after git rm. Whoever has a clone is that client.
+    """The key was recovered from the git history, after git rm. Whoever has a clone is that client.
 
     Cure: certs/*.key in .gitignore. Too late? Issue a new key, and stop trusting the old one.
     """
@@ -794,7 +794,7 @@ def load_system_cas(bench: Bench, context: ssl.SSLContext, purpose: ssl.Purpose)
 def client_trusts_system(bench: Bench) -> Outcome:
     """That was an impostor: any CA in the store can vouch for a server.
 
-    Cure: load_verify_locations(cafile="certs/ca.crt") and nothing else.
+    Cure: load_verify_locations() with our own CA, and nothing else.
     """
     client = bench.client()
     load_system_cas(bench, client, ssl.Purpose.SERVER_AUTH)
@@ -805,7 +805,7 @@ def client_trusts_system(bench: Bench) -> Outcome:
 def server_trusts_system(bench: Bench) -> Outcome:
     """That was an impostor: any CA in the store can say who is mtls-client.
 
-    Cure: load_verify_locations(cafile="certs/ca.crt") and nothing else.
+    Cure: load_verify_locations() with our own CA, and nothing else.
     """
     server = bench.server()
     load_system_cas(bench, server, ssl.Purpose.CLIENT_AUTH)
@@ -837,7 +837,7 @@ def revoked_without_crl(bench: Bench) -> Outcome:
 def revoked_with_crl(bench: Bench) -> Outcome:
     """The CRL lists the certificates that the CA has revoked. alice's is on it, mtls-client's is not.
 
-    Cure: openssl ca -revoke and -gencrl make it. On the server: load_verify_locations("crl.pem"), and add
+    Cure: openssl ca -revoke and -gencrl make it. On the server: load it with load_verify_locations(), and add
     ssl.VERIFY_CRL_CHECK_LEAF to verify_flags.
     """
     server = revoke_alice(bench, "-crldays", "7")
@@ -858,8 +858,8 @@ def crl_expired(bench: Bench) -> Outcome:
 # --- All of them ---------------------------------------------------------------------------
 
 LEGEND = """\
-"hello, NAME": the client got in. "alert ...": what the other side said. All
-else is a side's own verdict, in OpenSSL's words. "A; B": two attempts in turn.
+"hello, NAME": the client got in. "alert ...": what the other side said.
+Anything else: that side's own error, in OpenSSL's words. "A; B": two attempts.
 """
 
 

@@ -1,4 +1,4 @@
-"""The mistakes' outcomes, as README.md's table tells them, and what of a refused request is on the wire."""
+"""The mistakes' outcomes, as the page of the tests tells them, and what of a refused request is on the wire."""
 
 from __future__ import annotations
 
@@ -27,16 +27,14 @@ Groups = dict[str, dict[str, dict[str, str]]]
 
 @once
 def told() -> Groups:
-    """What README.md's table tells."""
+    """What the tables on the page of the tests tell."""
     groups: Groups = {}
-    entries: dict[str, dict[str, str]] = {}
-    for title, messages, why, cure in table(section("Common mistakes").text):
-        if messages:
+    for group in dict.fromkeys(one.group for one in mistakes.EXPERIMENTS):
+        groups[group] = {}
+        for title, messages, why, cure in table(section(group[0].upper() + group[1:], "tests/README.md").text):
             texts = (*messages.strip("`").split("`; `"), why, cure)
-            entries[title] = dict(zip(("client saw", "server saw", "why", "cure"),
-                                      (text.replace("`", "") for text in texts), strict=True))
-        else:
-            groups[title.strip("*")] = entries = {}
+            groups[group][title] = dict(zip(("client saw", "server saw", "why", "cure"),
+                                            (text.replace("`", "") for text in texts), strict=True))
     return groups
 
 

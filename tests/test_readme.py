@@ -263,7 +263,7 @@ class CommandsTest(unittest.TestCase):
                     drawn = [(">>>" if ">|" in line else "<<<", message[1])
                              for line in section(*place).blocks[0].content.splitlines()
                              if (message := re.search(r"\| *<?[-=]+ ([A-Z][A-Za-z]+) ", line))]
-                    shown = openssl("s_client", "-msg", "-connect", f"127.0.0.1:{server.port}", *files, option)
+                    shown = openssl("s_client", "-msg", "-connect", f"127.0.0.1:{server.port}", *files, option, "-groups", "P-256")
                     seen = message_seen.findall(shown)
                     self.assertEqual(drawn, [message for message in seen if message[1] != "NewSessionTicket"])
 

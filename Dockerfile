@@ -1,7 +1,7 @@
 # The lab's server in a container:
 #   docker build -f Dockerfile -t <dockerhub-user>/mtls-server:latest .
 #   docker run -d --rm --name mtls-server -p 8443:8443 <dockerhub-user>/mtls-server:latest
-# This image carries the server's private key. Before you push it, read "Docker" in README.md.
+# This image carries the server's private key. Before you push it, read "Docker" in server/README.md.
 
 # Pinned to the minor: security fixes arrive with each build, a new Python only when we say so.
 FROM python:3.13-slim

@@ -1,14 +1,16 @@
-"""README.md, executed: every command is run in a fresh copy of the project, every output compared.
+"""The pages, executed: every command is run in a fresh copy of the project, every output compared.
 
 A ``bash`` block is run under a terminal of its own; a ``text`` block after it is what it must print,
 with ``...`` for what varies; a ``text server`` block is what the server's terminal shows since the last
-one. The blocks below a heading share a copy. One is left out only if the line before it says why.
+one. The blocks below a heading share a copy, and a server, if one must run before they can do their
+work. A block is left out only if the line before it says why.
 """
 
 from __future__ import annotations
 
 import contextlib
 import doctest
+import itertools
 import os
 import re
 import shutil
@@ -38,37 +40,52 @@ from tests.support import (
     side_by_side,
 )
 
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+LIMITS = {"README.md": 520, "certs/README.md": 260, "server/README.md": 320, "client/README.md": 330,
+          "tests/README.md": 200}
+"""The pages, and how many lines each may have: they are read in one sitting."""
+PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in LIMITS}
+ALL = "\n".join(PAGES.values())
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
-NOT_RUN = {"it is the test command itself": 1, "it is the benchmark": 1, "it needs Docker": 2, "it needs Windows": 1,
-           "it needs a browser": 0, "it needs other people's programs": 0}   # these are tables
+NOT_RUN = {"it is the test command itself": 2, "it is the benchmark": 1, "it needs the linters": 1, "it needs Docker": 3,
+           "it needs Windows": 1, "it needs a browser": 0, "it needs other people's programs": 0}   # these are tables
 """The reasons for which a block may be left out, and how many are."""
-WITH_SERVER = ("Testing Scenarios", "Security Explanation", "Troubleshooting")
-"""The chapters in which each heading starts on a fresh server."""
-HANDSHAKES = ("The handshake in TLS 1.2", "The handshake in TLS 1.3")
-DRAWINGS = ("Folder Structure", "Ours has three rooms", *HANDSHAKES)
+HANDSHAKES = (("The handshake in TLS 1.2", "client/README.md"), ("The handshake in TLS 1.3", "README.md"))
+DRAWINGS = (("Folder Structure", "README.md"), ("How it is built", "server/README.md"), *HANDSHAKES)
 """The sections that begin with a drawing: a ``text`` block that no command prints."""
 
 
 @dataclass
 class Block:
-    """A fenced block: its language, what is in it, and the reason why it is not run, if any."""
+    """A fenced block: its language, what is in it, where it is, and the line before it."""
 
     language: str
     content: str
-    line: int = 0
-    reason: str | None = None
+    place: str = ""
+    introduction: str = ""
+
+    @property
+    def reason(self) -> str | None:
+        """The reason why it is not run, if any."""
+        mark = SKIP_MARK.fullmatch(self.introduction)
+        return mark[1] if mark else None
 
     @property
     def starts_server(self) -> bool:
         """Whether it ends with a server that goes on running."""
         return "server/server.py" in self.content.splitlines()[-1] or "serve_forever()" in self.content
 
+    @property
+    def needs_server(self) -> bool:
+        """Whether it asks a server, or is what a server shows."""
+        asks = self.language == "bash" and re.search("127.0.0.1:8443|client/client", self.content)
+        return bool(asks) or self.language == "text server"
+
 
 @dataclass
 class Section:
     """What stands below one heading, up to the next. ``chapter`` is the heading of level 2 above it."""
 
+    page: str
     title: str
     chapter: str
     text: str
@@ -82,21 +99,21 @@ class Section:
 
 @once
 def sections() -> list[Section]:
-    """README.md, taken apart."""
+    """The pages, taken apart."""
     found: list[Section] = []
-    for part in re.finditer(r"^(##+) (.+)\n([\s\S]*?)(?=^##|\Z)", README, re.MULTILINE):
-        level, title, text = part.groups()
-        found.append(Section(title, title if level == "##" else found[-1].chapter, text))
-        for block in re.finditer(r"^(.*)\n\n?```(.*)\n([\s\S]*?)^```$", text, re.MULTILINE):
-            mark = SKIP_MARK.fullmatch(block[1])
-            line = README.count("\n", 0, part.start(3) + block.start(2)) + 1
-            found[-1].blocks.append(Block(block[2], block[3], line, mark[1] if mark else None))
+    for page, whole in PAGES.items():
+        for part in re.finditer(r"^(##+) (.+)\n([\s\S]*?)(?=^##|\Z)", whole, re.MULTILINE):
+            level, title, text = part.groups()
+            found.append(Section(page, title, title if level == "##" else found[-1].chapter, text))
+            for block in re.finditer(r"^(.*)\n\n?```(.*)\n([\s\S]*?)^```$", text, re.MULTILINE):
+                line = whole.count("\n", 0, part.start(3) + block.start(2)) + 1
+                found[-1].blocks.append(Block(block[2], block[3], f"{page} line {line}", block[1]))
     return found
 
 
-def section(title: str) -> Section:
-    """The section with this heading."""
-    return next(one for one in sections() if one.title == title)
+def section(title: str, page: str = "README.md") -> Section:
+    """The section of a page with this heading."""
+    return next(one for one in sections() if (one.title, one.page) == (title, page))
 
 
 def blocks(language: str) -> list[Block]:
@@ -122,7 +139,7 @@ def in_words_of_this_openssl(text: str) -> str:
 
 @once
 def made() -> Lab:
-    """A lab with certificates, and the PFX password that the page names."""
+    """A lab with certificates, and the PFX password that the pages name."""
     fresh = Lab("readme certificates")
     fresh.generate(MTLS_PFX_PASSWORD="secret")
     return fresh
@@ -185,29 +202,29 @@ class Scene:
 
 
 class CommandsTest(unittest.TestCase):
-    """What README.md says is what happens."""
+    """What the pages say is what happens."""
 
     seconds = 10
     maxDiff = None
 
     def assert_shown(self, block: Block, got: str, scene: Scene) -> None:
         """The output block, with its ``...``, fits what was shown."""
-        self.assertTrue(block.content.replace("...", "").strip(), f"line {block.line}: a block of ... says nothing")
+        self.assertTrue(block.content.replace("...", "").strip(), f"{block.place}: a block of ... says nothing")
         want = in_words_of_this_openssl(block.content)
         for usual, port in scene.ports.items():
             got = got.replace(port, usual)
         # Of s_client -msg: LibreSSL puts no comma there; OpenSSL 3.2 and newer may compress the certificate (RFC 8879).
         got = re.sub(r"(TLS 1\.\d),? Handshake \[", r"\1, Handshake [", got).replace("CompressedC", "C")
         if not doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS):
-            self.fail(f"README.md line {block.line} shows\n{want}\nbut what appears is\n{got}")
+            self.fail(f"{block.place} shows\n{want}\nbut what appears is\n{got}")
 
     def test_commands_and_outputs(self) -> None:
         """Each bash block runs and prints what the block after it shows."""
         found = [one for one in sections() if one.commands]
-        self.assertGreater(sum(len(one.commands) for one in found), 30, "the blocks of README.md were not found")
+        self.assertGreater(sum(len(one.commands) for one in found), 30, "the blocks of the pages were not found")
         made()   # once before the threads that share them
         for one, problem in zip(found, side_by_side(self.play, found), strict=True):
-            with self.subTest(section=one.title):
+            with self.subTest(page=one.page, section=one.title):
                 self.assertFalse(problem, problem)
 
     def play(self, of: Section) -> str:
@@ -215,9 +232,10 @@ class CommandsTest(unittest.TestCase):
         first = of.commands[0]
         makes_ca = re.match(r"bash certs/gen_certs\.sh( &&|\n)|openssl genrsa", first.content)
         some = [block for block in of.blocks if not block.reason]
+        alone = itertools.takewhile(lambda block: not block.starts_server, some)
         try:
             with contextlib.closing(Scene(with_certificates=not makes_ca)) as scene:
-                if of.chapter in WITH_SERVER and not first.starts_server:
+                if any(block.needs_server for block in alone):
                     scene.run(Block("bash", "python3 server/server.py\n"))
                 for block, following in zip(some, [*some[1:], None], strict=True):
                     if block.language == "text server":
@@ -229,7 +247,7 @@ class CommandsTest(unittest.TestCase):
                         self.assert_shown(following, shown, scene)
                     elif scene.server is not scene.terminals[-1]:
                         code = scene.terminals[-1].process.wait(PATIENCE)
-                        self.assertEqual(code, 0, f"line {block.line} failed:\n{shown}")
+                        self.assertEqual(code, 0, f"{block.place} failed:\n{shown}")
         except AssertionError as error:
             return str(error)
         return ""
@@ -240,38 +258,40 @@ class CommandsTest(unittest.TestCase):
         files = ("-CAfile", certs / "ca.crt", "-cert", certs / "client.crt", "-key", certs / "client.key")
         message_seen = re.compile(r"^(>>>|<<<) .*Handshake \[length .*\], (?:Compressed)?(\w+)", re.MULTILINE)
         with Server(made()) as server:
-            for title, option in zip(HANDSHAKES, ("-tls1_2", "-tls1_3"), strict=True):
-                with self.subTest(title):
+            for place, option in zip(HANDSHAKES, ("-tls1_2", "-tls1_3"), strict=True):
+                with self.subTest(place):
                     drawn = [(">>>" if ">|" in line else "<<<", message[1])
-                             for line in section(title).blocks[0].content.splitlines()
+                             for line in section(*place).blocks[0].content.splitlines()
                              if (message := re.search(r"\| *<?[-=]+ ([A-Z][A-Za-z]+) ", line))]
-                    shown = openssl("s_client", "-msg", "-connect", f"127.0.0.1:{server.port}", *files, option)
+                    shown = openssl("s_client", "-msg", "-connect", f"127.0.0.1:{server.port}", *files, option, "-groups", "P-256")
                     seen = message_seen.findall(shown)
                     self.assertEqual(drawn, [message for message in seen if message[1] != "NewSessionTicket"])
 
 
 class PageTest(unittest.TestCase):
-    """What README.md says is what there is."""
+    """What the pages say is what there is."""
 
     maxDiff = None
 
     def test_blocks(self) -> None:
-        """None escapes the tests: each output follows its command, and what cannot be run says why."""
+        """None escapes the tests: each output follows its command, introduced, and what cannot be run says why."""
         every = [block for one in sections() for block in one.blocks]
-        self.assertEqual(len(re.findall(r"^\s*```", README, re.MULTILINE)), 2 * len(every), "indented?")
+        self.assertEqual(len(re.findall(r"^\s*```", ALL, re.MULTILINE)), 2 * len(every), "indented?")
         self.assertEqual({block.language for block in every},
                          {"bash", "text", "text server", "python", "ini", "powershell"})
         self.assertEqual(Counter(block.reason for block in every if block.reason), Counter(NOT_RUN))
-        self.assertEqual(set(SKIP_MARK.findall(README)), set(NOT_RUN))
+        self.assertEqual(set(SKIP_MARK.findall(ALL)), set(NOT_RUN))
         for one in sections():
             for before, block in zip([None, *one.blocks], one.blocks, strict=False):
                 if block.language == "text" and not (before and before.language == "bash" and not before.reason):
-                    self.assertIn(one.title, DRAWINGS, f"line {block.line}")
-                    self.assertLessEqual(max(map(len, block.content.splitlines())), 80, f"line {block.line} is wide")
+                    self.assertIn((one.title, one.page), DRAWINGS, block.place)
+                    self.assertLessEqual(max(map(len, block.content.splitlines())), 80, f"{block.place} is wide")
+                elif block.language.startswith("text"):   # rendered, it looks like a command
+                    self.assertRegex(block.introduction, ":$", block.place)
 
     def test_excerpts(self) -> None:
         """The client's settings work as they are, getpeercert() returns what is shown, server.cnf has what is shown."""
-        example, client = [block.content for block in blocks("python")]
+        client, example = [block.content for block in blocks("python")]   # of README.md, of the server's page
         script = "import ssl, urllib.request\n" + client.replace("opener.open", "print")
         script += "\nprint(context.get_ca_certs()[0]['subject'])"
         subject = subprocess.run([sys.executable, "-W", "error", "-c", script],
@@ -299,23 +319,24 @@ class PageTest(unittest.TestCase):
 
     def test_settings_tables(self) -> None:
         """The settings in the tables are those of --help, each with its variable and default."""
-        for script, title in (("server/server.py", "The server's settings"),
-                              ("client/client.py", "The client's settings")):
+        for script in ("server/server.py", "client/client.py"):
             with self.subTest(script=script):
-                rows = [[cell.strip("`") for cell in row[:3]] for row in table(section(title).text) if row[0]]
+                text = section("Settings", f"{Path(script).parent}/README.md").text
+                rows = [[cell.strip("`") for cell in row[:3]] for row in table(text) if row[0]]
                 help_text = Lab("help").run(script, "--help", env={"COLUMNS": "500"}).stdout
                 entries = {entry.split()[0]: " ".join(entry.split())
-                           for entry in re.split(r"\n  (?=--|TASK)", help_text)[1:]}
-                self.assertEqual([name.split()[0] for name, _, _ in rows], list(entries))
+                           for entry in re.split(r"\n  (?=--|-v|TASK)", help_text)[1:]}
+                self.assertCountEqual([name.split()[0] for name, _, _ in rows], entries)
                 for name, variable, default in rows:
                     self.assertIn(variable, entries[name.split()[0]])
-                    self.assertIn(f"default {default}", entries[name.split()[0]])
+                    self.assertIn(f"default {default}" if default else "", entries[name.split()[0]])
 
     def test_claims(self) -> None:
         """Limits and deadlines are those that other tests prove; Docker's commands are those of the description."""
         for claim in (
                 "5 s for a handshake, 10 s for a request, 10 s to take the response, 15 s without a request",
-                "**At most 256 connections are served.**", "Up to 512 may be in their handshake",
+                "**At most 1,024 clients are served.**", "There may be 512 of them", "get 32 places at most",
+                "None may send more than 64 KB",
                 "a non-empty string of at most 1,000 characters", "more than 64 KiB", "The list is full: 1,000 items",
                 "| 408 | The request was not complete within 10 s |", "nested more than 100 levels deep",
                 "let running requests finish, for 5 s at most", "The list begins with five items",
@@ -323,9 +344,10 @@ class PageTest(unittest.TestCase):
                 "\ndocker run -d --rm --name mtls-server -p 8443:8443 <dockerhub-user>/mtls-server:latest\n",
                 "`docker push <dockerhub-user>/mtls-server:latest`",
                 "cut after 200 characters", "beyond 1,000 requests they are dropped",
-                f"[{len(mistakes.EXPERIMENTS)} experiments](#common-mistakes)"):
-            self.assertTrue(claim in README, f"not on the page: {claim}")
-        statuses = sorted(re.findall(r"\b[45]\d\d\b", " ".join(row[0] for row in table(section("Endpoints").text))))
+                f"[{len(mistakes.EXPERIMENTS)} experiments](tests/README.md#the-experiments)"):
+            self.assertTrue(claim in ALL, f"not on the pages: {claim}")
+        rows = table(section("Endpoints", "server/README.md").text)
+        statuses = sorted(re.findall(r"\b[45]\d\d\b", " ".join(row[0] for row in rows)))
         self.assertEqual(" ".join(statuses), "400 403 404 405 408 411 413 414 415 431 501 505 507")
 
     def test_docker_commands(self) -> None:
@@ -333,24 +355,41 @@ class PageTest(unittest.TestCase):
         dockerfile = (ROOT / "Dockerfile").read_text()
         commands = "".join(block.content for block in blocks("bash") if block.reason == "it needs Docker")
         self.assertEqual(re.findall(r"(python:\S+)", commands), re.findall(r"^FROM (.+)", dockerfile, re.MULTILINE))
-        self.assertEqual(re.findall(r"\(user (\d+)\)", README), re.findall(r"^USER (\d+)", dockerfile, re.MULTILINE))
+        self.assertEqual(re.findall(r"\(user (\d+)\)", ALL), re.findall(r"^USER (\d+)", dockerfile, re.MULTILINE))
         files = re.findall(r"^COPY .*?(certs/\S+) certs/", dockerfile, re.MULTILINE)
         self.assertEqual(re.findall(r'-v "\$PWD/(\S+):/mtls-lab/(\S+):ro"', commands),
                          [(file, file) for file in ["server", *files]])
 
     def test_links(self) -> None:
         """Every link leads to a heading or a file; the words that choose experiments choose some."""
-        anchors = {re.sub(r"[^\w\- ]", "", one.title.lower()).replace(" ", "-") for one in sections()}
-        for link in re.findall(r"\]\(([^)]+)\)", README):
-            with self.subTest(link=link):
-                self.assertTrue(link[1:] in anchors if link.startswith("#") else (ROOT / link).exists())
-        for words in re.findall(r"`python3 -m tests\.mistakes (.+?)`", README):
+        anchors: dict[Path, set[str]] = {(ROOT / page): set() for page in PAGES}
+        for one in sections():
+            anchors[ROOT / one.page].add(re.sub(r"[^\w\- ]", "", one.title.lower()).replace(" ", "-"))
+        for page, text in PAGES.items():
+            for link in re.findall(r"\]\(([^)]+)\)", text):
+                with self.subTest(page=page, link=link):
+                    path, _, anchor = link.partition("#")
+                    target = ((ROOT / page).parent / path).resolve() if path else ROOT / page
+                    self.assertTrue(anchor in anchors.get(target, ()) if anchor else target.is_file())
+        chosen = re.findall(r"`python3 -m tests\.mistakes (.+?)`", ALL)
+        for words in chosen + [row[-1].strip("`") for row in table(section("Common mistakes").text)]:
             self.assertTrue(mistakes.chosen(words.split()), words)
 
     def test_sections(self) -> None:
         """Sections have the names and the order that the lab's users know; the quick start is on the first screen."""
-        chapters = list(dict.fromkeys(one.chapter for one in sections()))
+        chapters = list(dict.fromkeys(one.chapter for one in sections() if one.page == "README.md"))
         known = ["Prerequisites", "Folder Structure", "Certificate Creation", "Server Setup", "Client Setup",
                  "Testing Scenarios", "Security Explanation"]
         self.assertEqual([chapter for chapter in chapters if chapter in known], known)
-        self.assertLess(README.partition("## Quick start")[0].count("\n"), 20)
+        self.assertLess(PAGES["README.md"].partition("## Quick start")[0].count("\n"), 20)
+        groups = [one.title.lower() for one in sections() if one.chapter == "The experiments"]
+        self.assertEqual(groups[1:], list(dict.fromkeys(one.group.lower() for one in mistakes.EXPERIMENTS)))
+
+    def test_sizes(self) -> None:
+        """A page is read in one sitting; the tables of the experiments fit into what a code host shows."""
+        for page, text in PAGES.items():
+            self.assertLessEqual(text.count("\n"), LIMITS[page], page)
+        for one in sections():
+            if one.chapter == "The experiments":
+                for word in " ".join(itertools.chain(*table(one.text))).split():
+                    self.assertLessEqual(len(word.strip("`")), 30, word)

@@ -99,7 +99,9 @@ class TodoServer(EventLoopServer):
 
     def authenticated(self, connection: Connection) -> None:
         """The handshake is over: our CA has signed this client's certificate, and the client has the key."""
-        connection.client = Client(*identity(connection), self.certificates.generation)
+        # It may have begun with certificates that have been replaced since.
+        current = connection.tls is not None and connection.tls.context is self.context
+        connection.client = Client(*identity(connection), self.certificates.generation if current else -1)
 
     def is_authorized(self, connection: Connection) -> bool:
         """Authorization: the handshake has proved who a client is, but our CA may have certified others, too."""

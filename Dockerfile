@@ -18,8 +18,10 @@ WORKDIR /mtls-lab
 # One by one, so that nothing else can slip in: no ca.key, which could sign anyone's certificate,
 # and nothing of the client's. The key is readable by the server's user alone.
 COPY --chmod=0444 server/server.py server/server.py
-COPY --chmod=0444 server/strict_http.py server/strict_http.py
+COPY --chmod=0444 server/certificates.py server/certificates.py
 COPY --chmod=0444 server/connections.py server/connections.py
+COPY --chmod=0444 server/log.py server/log.py
+COPY --chmod=0444 server/strict_http.py server/strict_http.py
 COPY --chmod=0444 certs/ca.crt certs/ca.crt
 # "not found"? The certificates are made by: bash certs/gen_certs.sh (run it first, then build)
 COPY --chmod=0444 certs/server.crt certs/server.crt

@@ -334,7 +334,7 @@ class TestRequests(ConnectionCase):
     def test_who_pipelines_takes_turns(self) -> None:
         """Thousands of requests that are there at once, from clients that may not use the server, delay nobody."""
         long = GET[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(96)) + b"\r\n"
-        with (Server(lab(), constants={"connections.STOP_SECONDS": 2 * PATIENCE}) as server,
+        with (Server(lab(), constants={"event_loop.STOP_SECONDS": 2 * PATIENCE}) as server,
               contextlib.ExitStack() as held):
             hostile = kept_alive(server, held, MAX_UNAUTHORIZED, "mallory")
             listed, = kept_alive(server, held, 1)
@@ -530,8 +530,8 @@ class TestCapacity(ConnectionCase):
 
     def serving_few(self, pending: int = 4) -> contextlib.AbstractContextManager[Server]:
         """A server that takes few connections, and so patient that a busy machine changes nothing."""
-        return self.serving(constants={"connections.MAX_CLIENTS": 6, "connections.MAX_PENDING": pending,
-                                       "connections.MAX_UNAUTHORIZED": 2, HANDSHAKE: 60.0, IDLE: 60.0, REQUEST: 60.0})
+        return self.serving(constants={"event_loop.MAX_CLIENTS": 6, "event_loop.MAX_PENDING": pending,
+                                       "event_loop.MAX_UNAUTHORIZED": 2, HANDSHAKE: 60.0, IDLE: 60.0, REQUEST: 60.0})
 
     def test_who_is_evicted(self) -> None:
         """At capacity, a newcomer replaces the longest idle connection; what has sent part of a request stays."""

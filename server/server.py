@@ -2,12 +2,15 @@
 """The lab's mutual TLS server: GET /todo and POST /todo, for clients with a certificate of our CA.
 
 Read it from top to bottom: what makes it mutual, who may use it, what a request goes through, the
-list of items, settings, start and stop. What it stands on knows nothing of TODO: connections.py
-(TLS on an event loop), strict_http.py (requests), certificates.py (our own), log.py.
+list of items, settings, start and stop. What it stands on knows nothing of TODO: event_loop.py and
+connections.py (TLS connections), strict_http.py (requests), certificates.py (our own), log.py,
+reasons.py (why something does not work).
 """
 
 import argparse
+import contextlib
 import errno
+import functools
 import os
 import re
 import signal
@@ -23,9 +26,11 @@ from typing import Any, NamedTuple
 if sys.version_info < (3, 10):   # noqa: UP036   # said here, because older ones cannot read what follows
     sys.exit(f"server.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
-from certificates import Certificates, Unusable, in_words
-from connections import STOP_SECONDS, Connection, EventLoopServer
+from certificates import Certificates
+from connections import Connection
+from event_loop import STOP_SECONDS, EventLoopServer
 from log import Log, quoted
+from reasons import Unusable, in_words
 from strict_http import Refusal, StrictHandler, encode
 
 CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
@@ -58,7 +63,7 @@ def tls_context(certs: Path) -> ssl.SSLContext:
     # Key exchange in cheap groups only: anyone can send a ClientHello, and the largest group
     # (ffdhe8192) would cost 0.2 s of CPU for each. P-256 is the one that every client has.
     if hasattr(context, "set_groups"):   # Python 3.15
-        known = context.get_groups()
+        known = context.get_groups()   # type: ignore[attr-defined]
         good = ("X25519MLKEM768", "x25519", "secp256r1")   # the first where OpenSSL has it (3.5+)
         context.set_groups(":".join(group for group in good if group in known))
     else:
@@ -105,11 +110,13 @@ class TodoServer(EventLoopServer):
 
     def is_authorized(self, connection: Connection) -> bool:
         """Authorization: the handshake has proved who a client is, but our CA may have certified others, too."""
-        return connection.client.name in self.allowed_cns
+        client: Client = connection.client
+        return client.name in self.allowed_cns
 
     def has_expired(self, connection: Connection) -> bool:
         """TLS looks at the dates in a full handshake only: not when it resumes a session, nor later on."""
-        return connection.client.expires < time.time()
+        client: Client = connection.client
+        return client.expires < time.time()
 
     def keeps_alive(self, connection: Connection) -> bool:
         """A client must prove again who it is when its certificate has expired, or the CA is a new one."""
@@ -129,13 +136,16 @@ class TodoServer(EventLoopServer):
         """Log who has not come through the handshake, and why."""
         self.log.write(f"REJECTED | peer={client_address[0]} | {in_words(reason)}")
 
-    def waiting(self) -> None:
+    def finishing(self) -> None:
         """Say why the server does not stop at once."""
         say(f"Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once.")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Log a defect of ours: whatever a peer does, it must not come to this."""
         self.log.write(f"ERROR | {client_address!r} | {sys.exc_info()[1]!r}")
+
+
+seconds_since_1970 = functools.lru_cache(ssl.cert_time_to_seconds)   # it is slow, and few dates come often
 
 
 def identity(connection: Connection) -> tuple[str | None, float]:
@@ -146,7 +156,7 @@ def identity(connection: Connection) -> tuple[str | None, float]:
     try:
         certificate = connection.getpeercert()
         names = [value for rdn in certificate["subject"] for key, value in rdn if key == "commonName"]
-        return names[0] if len(names) == 1 else None, ssl.cert_time_to_seconds(certificate["notAfter"])
+        return names[0] if len(names) == 1 else None, seconds_since_1970(certificate["notAfter"])
     except (OSError, ValueError):   # verified, but its names are in no known form
         return None, 0.0
 
@@ -180,15 +190,15 @@ class TodoHandler(StrictHandler):
                 raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "header: must be Content-Type: application/json")
             self.accept_body(MAX_BODY)
 
-    def do_GET(self) -> None:   # noqa: N802   # http.server's name for it
+    def do_GET(self) -> None:
         """GET /todo: the client's CN and the list."""
         name = self.connection.client.name
         self.outcome = (f"AUTHENTICATED | CN={name!r} | serving /todo",)
         self.respond(HTTPStatus.OK, *self.server.store.listing(name))
 
-    do_HEAD = do_GET   # noqa: N815   # `respond` leaves out the body
+    do_HEAD = do_GET   # `respond` leaves out the body
 
-    def do_POST(self) -> None:   # noqa: N802
+    def do_POST(self) -> None:
         """POST /todo: add an item, and return it."""
         name = self.connection.client.name
         task, done = checked_todo(self.json_object())
@@ -210,7 +220,7 @@ class TodoHandler(StrictHandler):
         self.outcome = (f"FORBIDDEN | CN={quoted(self.connection.client.name)} | its certificate has expired",)
         return Refusal(HTTPStatus.FORBIDDEN, "client certificate: has expired")
 
-    def log_message(self, format: str, *args: object) -> None:
+    def log_message(self, format: str, *args: object) -> None:   # noqa: A002   # http.server's name for it
         """One REQUEST line, and what came of the request."""
         name = quoted(self.connection.client.name)
         request = f"REQUEST | peer={self.client_address[0]} | cert-CN={name} | {format % args}"
@@ -259,7 +269,13 @@ class TodoStore:
         """The body of an answer to ``client``, in two pieces: its own, and the one that all clients share."""
         if self.joined is None:
             self.joined = b'  "todos": [\n' + b",\n".join(self.encoded) + b"\n  ]\n}\n"
-        return encode({"client": client}).removesuffix(b"\n}\n") + b",\n", self.joined
+        return listing_head(client), self.joined
+
+
+@functools.lru_cache
+def listing_head(client: str | None) -> bytes:
+    """What stands before the list in an answer to ``client``."""
+    return encode({"client": client}).removesuffix(b"\n}\n") + b",\n"
 
 
 # --- Settings ------------------------------------------------------------------------------
@@ -289,7 +305,7 @@ def parse_arguments() -> argparse.Namespace:
             arguments.port = port_number(os.environ.get("MTLS_SERVER_PORT") or "8443")
         except argparse.ArgumentTypeError as error:
             parser.error(f"MTLS_SERVER_PORT: {error}")
-    words = [word[:-1] if word.endswith(",") else word for word in arguments.allow_cn or []]   # as in "one, two"
+    words = [word.removesuffix(",") for word in arguments.allow_cn or []]   # as in "one, two"
     where, names = "argument --allow-cn", ",".join(words).split(",")
     if arguments.allow_cn is None:   # in the variable, spaces separate, too
         where, names = "MTLS_ALLOWED_CNS", re.split(r"[\s,]+", os.environ.get("MTLS_ALLOWED_CNS") or "mtls-client")
@@ -303,10 +319,8 @@ def parse_arguments() -> argparse.Namespace:
 
 def say(text: str) -> None:
     """Print a line to stdout at once, if it still has a reader (``| head`` leaves early)."""
-    try:
+    with contextlib.suppress(OSError):
         print(f"[SERVER] {text}", flush=True)
-    except OSError:
-        pass
 
 
 def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:

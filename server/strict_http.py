@@ -108,9 +108,9 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
     @property
     def has_begun(self) -> bool:
         """Whether anything of a request is there; an empty line before it is not."""
-        return bool(self.requestline) or self.received not in (b"", b"\r")
+        return bool(self.requestline) or bytes(self.received[:2]) not in (b"", b"\r")
 
-    def handle_one_request(self) -> bool:
+    def handle_one_request(self) -> bool:   # type: ignore[override]   # http.server's waits, so it returns nothing
         """Answer the next request, if it is complete; False asks for more bytes."""
         try:
             if self.wanted is None:

@@ -1,4 +1,4 @@
-"""The server's connections (server/connections.py): it ends what waits too long, says why, and serves the others."""
+"""The server's connections (server/connections.py, event_loop.py): it ends what waits too long, says why, and serves the others."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from typing import Any
 from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire, comes_true, issue, lab, request
 
-MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/connections.py
+MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/event_loop.py
 SLACK = 8.0
 """Seconds that a deadline may come late: the machine may be busy."""
 HANDSHAKE, IDLE, REQUEST, LINGERING = (f"connections.DEADLINES[connections.Phase.{phase}]"
                                        for phase in ("HANDSHAKE", "IDLE", "REQUEST", "LINGERING"))
 
-FEW: dict[str, object] = {"connections.MAX_CLIENTS": 6, "connections.MAX_PENDING": 8,
+FEW: dict[str, object] = {"event_loop.MAX_CLIENTS": 6, "event_loop.MAX_PENDING": 8,
                           HANDSHAKE: 60.0, IDLE: 60.0, REQUEST: 60.0}
 """A server that takes few connections, and so patient that a busy machine changes nothing."""
 
@@ -295,7 +295,7 @@ class TestRequests(ServerCase):
     def test_who_pipelines_takes_turns(self) -> None:
         """Thousands of requests that are there at once, from clients that may not use the server, delay nobody."""
         long = GET[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(96)) + b"\r\n"
-        with (Server(lab(), constants={"connections.STOP_SECONDS": 2 * PATIENCE}) as server,
+        with (Server(lab(), constants={"event_loop.STOP_SECONDS": 2 * PATIENCE}) as server,
               contextlib.ExitStack() as held):
             first, hostile = (kept_alive(server, held, number, "mallory") for number in (3, MAX_UNAUTHORIZED))
             for talk in first:

@@ -545,7 +545,7 @@ class TestLog(ServerCase):
         """It ends in time, also if stdout is the same stuck pipe, and a request runs."""
         for stderr in (subprocess.PIPE, subprocess.STDOUT):
             with (self.subTest(stderr=stderr),
-                  Server(lab(), stderr=stderr, constants={"connections.STOP_SECONDS": 1.0}) as server,
+                  Server(lab(), stderr=stderr, constants={"event_loop.STOP_SECONDS": 1.0}) as server,
                   Talk(server.connect()) as talk):
                 self.ask_unread(server, talk, 2000)
                 talk.begin_post()

@@ -1,0 +1,223 @@
+"""A TLS server on one event loop: nothing waits for a peer, and nothing is locked.
+
+`EventLoopServer` is an http.server.HTTPServer, but for `serve_forever`: it accepts, gives each connection
+a place, looks four times a second at all deadlines, and comes to an end without cutting off a request.
+What happens in a connection is in connections.py.
+
+Every connection has one of four kinds of places. Each is limited, and each limit says who is dropped:
+
+    opening         no whole ClientHello yet: the oldest
+    pending         in the handshake, or lingering: the oldest
+    clients         served: the longest idle; one that has begun a request is never dropped
+    unauthorized    served, but may not use the server: the oldest, whatever it does
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import http.server
+import os
+import socket
+import socketserver
+import ssl
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from connections import Connection, Phase
+
+MAX_PENDING = 512        # opening and pending; opening ones may have half of the places, as anyone can open many
+MAX_CLIENTS = 1024       # clients and unauthorized
+MAX_UNAUTHORIZED = 32    # so few that they can never take all places
+SPARE_DESCRIPTORS = 14   # that the server itself needs: streams, listener, event loop, certificate files
+TICK = 0.25              # seconds between two looks at the deadlines
+STOP_SECONDS = 5.0       # that running requests have to finish when the server is told to stop
+
+
+class EventLoopServer(http.server.HTTPServer):
+    """Leads connections through the handshake to ``handler``, and to a clean end.
+
+    ``context`` has the TLS settings of new connections. Override `authenticated`, `is_authorized`,
+    `keeps_alive`, `refused`, `service_actions` (called four times a second) and `handle_error`.
+    Raises OSError if it cannot listen.
+    """
+
+    request_queue_size = 1024                       # the default of 5 drops newcomers under load
+    allow_reuse_address = sys.platform != "win32"   # there it would let two servers share the port
+
+    def __init__(self, address: tuple[str, int], handler: Any, context: ssl.SSLContext) -> None:
+        self.context = context
+        limit = os.sysconf("SC_OPEN_MAX") if hasattr(os, "sysconf") else -1   # negative: unlimited
+        places = limit - SPARE_DESCRIPTORS if limit >= 0 else MAX_CLIENTS + MAX_PENDING
+        if places < 4:
+            raise OSError(errno.EMFILE, f"needs {SPARE_DESCRIPTORS + 4} file descriptors, may have {limit}")
+        self.max_clients = min(MAX_CLIENTS, places // 2)
+        self.max_pending = min(MAX_PENDING, places - self.max_clients)
+        self.max_unauthorized = min(MAX_UNAUTHORIZED, self.max_clients // 2)
+        self.opening: dict[Connection, None] = {}   # each with the oldest first
+        self.pending: dict[Connection, None] = {}
+        self.clients: dict[Connection, None] = {}
+        self.unauthorized: dict[Connection, None] = {}
+        self.stopping = False
+        # IPv4 if there is one, because "localhost" may stand for both: its number is the smaller one everywhere.
+        self.address_family, *_, where = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        super().__init__(where, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
+        self.loop, self.told_to_stop = asyncio.new_event_loop(), asyncio.Event()
+
+    def server_bind(self) -> None:
+        """Set the listener's options, and bind."""
+        if sys.platform == "win32":
+            self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
+        if self.address_family == socket.AF_INET6:   # "::" stands for IPv4, too; not every system has it so
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        self.socket.setblocking(False)
+        socketserver.TCPServer.server_bind(self)   # HTTPServer's looks up its own name, which can take seconds
+
+    # --- Hooks ---------------------------------------------------------------------------------
+
+    def authenticated(self, connection: Connection) -> None:
+        """Called when the handshake is over."""
+
+    def is_authorized(self, connection: Connection) -> bool:
+        """Whether this client may use the server."""
+        return True
+
+    def keeps_alive(self, connection: Connection) -> bool:
+        """Whether the connection may have another request after this one."""
+        return not (self.stopping or connection.told_to_end)
+
+    def refused(self, client_address: Any, reason: Exception) -> None:
+        """Called once for each connection that is not served."""
+
+    def finishing(self) -> None:
+        """Called when the server is told to stop, if requests still run."""
+
+    # --- Places --------------------------------------------------------------------------------
+
+    def connections(self) -> list[Connection]:
+        """All of them."""
+        return [*self.opening, *self.pending, *self.clients, *self.unauthorized]
+
+    def forget(self, connection: Connection) -> None:
+        """Take away its place."""
+        for places in (self.opening, self.pending, self.clients, self.unauthorized):
+            places.pop(connection, None)
+
+    def add(self, connection: Connection) -> None:
+        """Give a new connection a place; if there are too many, the oldest is dropped.
+
+        Two groups, so that a crowd which only connects cannot drop a peer that is merely far away.
+        """
+        self.opening[connection] = None
+        reason = ConnectionError("no complete handshake before too many others came")
+        if self.stopping:
+            connection.drop(ConnectionError("the server is stopping"))
+        elif len(self.opening) > (self.max_pending + 1) // 2:
+            next(iter(self.opening)).drop(reason)
+        elif len(self.opening) + len(self.pending) > self.max_pending:
+            next(iter(self.pending)).drop(reason)
+
+    def make_pending(self, connection: Connection) -> None:
+        """It has sent a whole ClientHello, or begins to linger."""
+        if connection not in self.pending:
+            self.forget(connection)
+            self.pending[connection] = None
+
+    def admit(self, connection: Connection) -> bool:
+        """Give an authenticated connection a place among those that are served. False if there is none."""
+        authorized = self.is_authorized(connection)
+        at_capacity = len(self.clients) + len(self.unauthorized) >= self.max_clients
+        if at_capacity or (not authorized and len(self.unauthorized) >= self.max_unauthorized):
+            if self.unauthorized:
+                next(iter(self.unauthorized)).drop(ConnectionError("its place is needed"))
+            elif not (authorized and self.end_longest_idle()):
+                return False
+        self.forget(connection)
+        (self.clients if authorized else self.unauthorized)[connection] = None
+        return True
+
+    def end_longest_idle(self) -> bool:
+        """End the client that is idle longest. False if none is idle."""
+        idle = min((one for one in self.clients if one.is_idle), key=lambda one: one.deadline, default=None)
+        if idle is None:
+            return False
+        self.make_pending(idle)
+        idle.end()
+        return True
+
+    # --- The loop ------------------------------------------------------------------------------
+
+    def serve_forever(self, poll_interval: float = TICK) -> None:
+        """Run the event loop until `shutdown`."""
+        self.loop.run_until_complete(self.serve())
+
+    def shutdown(self) -> None:
+        """Let `serve_forever` come to its end. May be called from a signal handler, and before it has begun."""
+        self.stopping = True
+        self.loop.call_soon_threadsafe(self.told_to_stop.set)
+
+    async def serve(self) -> None:
+        """Accept and watch until `shutdown`; then let running requests finish."""
+        # What asyncio would print itself.
+        self.loop.set_exception_handler(lambda _, context: self.handle_error(None, context))   # type: ignore[arg-type]
+        accepting, watching = (self.loop.create_task(self.repeat(step)) for step in (self.accept, self.watch))
+        await self.told_to_stop.wait()
+        with contextlib.suppress(NotImplementedError):   # on Windows
+            self.loop.remove_reader(self.socket)
+        await asyncio.wait([accepting], timeout=0.01)   # a connection that is just coming in must not get lost
+        accepting.cancel()
+        self.server_close()
+        for connection in self.connections():
+            if connection.phase in (Phase.HANDSHAKE, Phase.WAITING, Phase.IDLE):
+                connection.end()
+        if any(one.phase in (Phase.REQUEST, Phase.RESPONSE) for one in self.connections()):
+            self.finishing()
+        deadline = time.monotonic() + STOP_SECONDS
+        while self.connections() and time.monotonic() < deadline:
+            await asyncio.sleep(0.01)
+        watching.cancel()
+        for connection in self.connections():
+            connection.transport.abort()
+        await asyncio.sleep(0.01)   # transports close in the next turns
+
+    async def repeat(self, step: Callable[[], Awaitable[None]]) -> None:
+        """Take the step again and again. A defect of ours must not end it: no more connections would come in."""
+        while True:
+            try:
+                await step()
+            except Exception:   # noqa: BLE001
+                self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
+                await asyncio.sleep(TICK)   # it may come back at once
+
+    async def accept(self) -> None:
+        """Let one connection in.
+
+        asyncio's own servers accept all that wait in one go, before a limit of ours can act. Then descriptors
+        run out, and no one comes in for a second.
+        """
+        if self.stopping:
+            await asyncio.sleep(TICK)
+        try:
+            newcomer, address = await self.loop.sock_accept(self.socket)
+        except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+                for oldest in [*self.opening, *self.pending][:1]:
+                    oldest.end()
+                await asyncio.sleep(TICK)   # else a busy loop
+            return
+        # macOS gives no address for a peer that has left already.
+        await self.loop.connect_accepted_socket(lambda: Connection(self, address or ("unknown", 0)), newcomer)
+
+    async def watch(self) -> None:
+        """After a while, look at all deadlines, and whether there are places again."""
+        await asyncio.sleep(TICK)
+        now = time.monotonic()
+        for connection in self.connections():
+            if now >= connection.deadline:
+                connection.end()
+            elif connection.phase is Phase.WAITING:
+                connection.wake()
+        self.service_actions()

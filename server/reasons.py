@@ -1,0 +1,146 @@
+"""Why something does not work, in one line: what is wrong, and the one next step.
+
+First what is wrong with a certificate file, with a step that destroys nothing; then why a handshake
+failed, and who refused whom. Tables, from what can be known to the words.
+"""
+
+import os
+import re
+import ssl
+from collections.abc import Callable
+from pathlib import Path
+
+
+class Unusable(Exception):
+    """One line: what is wrong with which file, and the one next step."""
+
+
+# --- What is wrong with a file, and what to do ---------------------------------------------
+
+_LENGTH = rb"(?:[\0-\x80]|\x81.|\x82..|\x83...)"   # of what follows, in DER
+LOOKS = {
+    "a certificate": rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----",
+    "a certificate request (CSR)": rb"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----",
+    "a private key with a password": rb"-----BEGIN ENCRYPTED PRIVATE KEY-----|\nProc-Type: 4,ENCRYPTED",
+    "a private key": rb"-----BEGIN (?:(?!ENCRYPTED)[A-Z]+ )?PRIVATE KEY-----",
+    "a PFX (PKCS#12)": rb"\A\x30" + _LENGTH + rb"\x02\x01\x03",
+    "a certificate in DER": rb"\A\x30" + _LENGTH + rb"\x30" + _LENGTH + rb"\xa0",
+    "a private key in DER": rb"\A\x30" + _LENGTH + rb"\x02\x01[\0\1]",
+    "nothing": rb"\A\s*\Z",
+}
+"""What a file holds, by how it looks: PEM by its first line, DER by its first bytes."""
+
+CONVERT = {
+    ("ca.crt", "a PFX (PKCS#12)"): "pkcs12 -cacerts -nokeys",
+    ("server.crt", "a PFX (PKCS#12)"): "pkcs12 -clcerts -nokeys",
+    ("server.key", "a PFX (PKCS#12)"): "pkcs12 -nocerts -nodes",
+    ("ca.crt", "a certificate in DER"): "x509 -inform DER",
+    ("server.crt", "a certificate in DER"): "x509 -inform DER",
+    ("server.key", "a private key in DER"): "pkey -inform DER",
+    ("server.key", "a private key with a password"): "pkey",
+}
+"""The openssl command that makes of it what is wanted."""
+
+
+def read(file: Path) -> bytes:
+    """The content of a file that looks like what it should be. Raises Unusable."""
+    try:
+        if file.is_dir():
+            raise Unusable(f"{file}: is a folder (Docker makes one for a mount that is not there); "
+                           f"remove it: rmdir certs/{file.name}")
+        content = file.read_bytes()
+    except FileNotFoundError:
+        raise Unusable(f"{file}: is missing; {cure(file)}") from None
+    except PermissionError:
+        raise Unusable(f"{file}: may not be read; {permit(file)}") from None
+    except OSError as error:
+        raise Unusable(f"{file}: cannot be read ({error.strerror}); look at it: ls -l certs/{file.name}") from None
+    holds = [what for what, pattern in LOOKS.items() if re.search(pattern, content, re.DOTALL)]
+    holds = holds or ["neither PEM nor DER"]
+    wanted = "a private key" if file.name == "server.key" else "a certificate"
+    if wanted in holds and "a private key with a password" not in holds:
+        return content
+    step = cure(file)
+    if command := CONVERT.get((file.name, holds[0])):
+        step = f"openssl {command} -in certs/{file.name} -out certs/new.pem"
+        if wanted == "a private key":   # it must be private from the moment it exists
+            step = f"(umask 077; {step})"
+        purpose = "remove the password" if command == "pkey" else "convert it"
+        step = f"{purpose}: {step} && mv certs/new.pem certs/{file.name}"
+    raise Unusable(f"{file}: holds {holds[0]}, but should hold {wanted} in PEM; {step}")
+
+
+def load(file: Path, attempt: Callable[[], None]) -> None:
+    """Try to load a file that looks like a certificate. Raises Unusable."""
+    try:
+        attempt()
+    except ssl.SSLError:
+        raise Unusable(f"{file}: is damaged; {cure(file)}") from None
+
+
+def cure(file: Path) -> str:
+    """The step that brings back a file which is missing or of no use, at the least cost."""
+    def has(name: str) -> bool:
+        return (file.parent / name).exists()
+
+    if file.name == "ca.crt":
+        if has("ca.key"):
+            return ("make it again from its key: openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt "
+                    "-config certs/ca.cnf")
+        if has("server.crt"):
+            return "copy it from where server.crt was made, or begin with a new CA: bash certs/gen_certs.sh"
+        return "make the certificates, CA included: bash certs/gen_certs.sh"
+    if not has("ca.crt") or not has("ca.key"):
+        return "copy it from where the CA is"
+    renew = "bash certs/gen_certs.sh renew" + (" server" if has("client.crt") else "")   # a lab without it needs both
+    if file.name == "server.key" and has("server.key"):   # renew keeps a key that is there
+        return f"make another: mv certs/server.key certs/server.old.key && {renew}"
+    return f"make it anew with the CA that is there: {renew}"
+
+
+def permit(file: Path) -> str:
+    """The step that lets us read a file, and nobody else."""
+    try:
+        owner = file.owner()
+        if file.stat().st_uid == os.getuid():
+            return f"it is yours: chmod u+r certs/{file.name}"
+    except (KeyError, OSError, NotImplementedError):   # unknown, in a closed folder, Windows
+        return f"see whose it is: ls -ld certs certs/{file.name}"
+    return f'it belongs to {owner}; start the server as {owner}, or: sudo chown "$(id -un)" certs/{file.name}'
+
+
+# --- Why a handshake failed ----------------------------------------------------------------
+
+ALERTS = {
+    "unknown ca": "it does not trust the CA that signed server.crt; is its ca.crt the same as ours?",
+    "decrypt error": "a CA of the same name, but with another key, signed server.crt; is its ca.crt the same as ours?",
+    "certificate expired": "server.crt has expired, by its clock",
+    "unsupported certificate": "server.crt is not for a server (see its extendedKeyUsage)",
+    "certificate revoked": "server.crt is revoked",
+    "bad certificate": "look at the names in server.crt, its dates and its CA",
+    "certificate unknown": "look at the names in server.crt, its dates and its CA",
+}
+"""What a client says of our certificate, by the alert's name."""
+
+VERIFY = dict.fromkeys((7, 18, 19, 20, 21), "; no CA in ca.crt has signed it") | {
+    26: "; it is not for a client (see its extendedKeyUsage)",
+}
+"""What OpenSSL's words for why we refuse a client's certificate leave open, by its code."""
+
+
+def in_words(error: Exception) -> str:
+    """Why a handshake failed, in one line: who refused whom, and what to look at."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return f"client certificate refused: {error.verify_message}{VERIFY.get(error.verify_code, '')}"
+    text = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
+    text = re.sub(r"\[\w+(: \w+)?\] | ?\(_ssl\.c:\d+\)", "", text).replace("_", " ").lower()
+    # What stands before the alert's name is OpenSSL's history: "sslv3 alert bad certificate" also over TLS 1.3.
+    if alert := re.match(r"(?:(?:\S+ )?alert|tlsv1) (.+)", text):
+        if alert[1] in ALERTS:
+            return f"the client refused our certificate (alert {alert[1]}): {ALERTS[alert[1]]}"
+        return f"the client ended the handshake (alert {alert[1]})"
+    if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError)) or "unexpected eof" in text:
+        return "the client closed the connection during the handshake (eof); its own output may say why"
+    if text == "http request":
+        return "http request without TLS; the client must use https://"
+    return re.sub(r"[^ -~]", "?", text)[:200]

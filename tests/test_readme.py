@@ -175,7 +175,7 @@ class Scene:
     def server_shows(self, text: str) -> str:
         """What the server's terminal shows since the last look, once the text's last line is there as often."""
         assert self.server
-        last = text.splitlines()[-1]
+        last = text.splitlines()[-1].partition("...")[0]
         deadline = time.monotonic() + PATIENCE
         while self.server.text()[self.seen:].count(last) < text.count(last) and time.monotonic() < deadline:
             time.sleep(0.02)

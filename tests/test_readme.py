@@ -54,8 +54,7 @@ class Block:
     @property
     def reason(self) -> str | None:
         """The reason why it is not run, if any."""
-        mark = SKIP_MARK.fullmatch(self.introduction)
-        return mark[1] if mark else None
+        return mark[1] if (mark := SKIP_MARK.fullmatch(self.introduction)) else None
 
     @property
     def starts_server(self) -> bool:
@@ -233,8 +232,7 @@ class CommandsTest(unittest.TestCase):
                     if following and following.language == "text":
                         self.assert_shown(following, shown, scene)
                     elif scene.server is not scene.terminals[-1]:
-                        code = scene.terminals[-1].process.wait(PATIENCE)
-                        self.assertEqual(code, 0, f"{block.place} failed:\n{shown}")
+                        self.assertEqual(scene.terminals[-1].process.wait(PATIENCE), 0, f"{block.place}:\n{shown}")
         except AssertionError as error:
             return str(error)
         return ""
@@ -251,8 +249,8 @@ class CommandsTest(unittest.TestCase):
                     drawn = [(">>>" if ">|" in line else "<<<", message[1])
                              for line in section(*place).blocks[0].content.splitlines()
                              if (message := re.search(r"\| *<?[-=]+ ([A-Z][A-Za-z]+) ", line))]
-                    shown = openssl("s_client", "-msg", "-connect", f"127.0.0.1:{server.port}", *files, option)
-                    seen = message_seen.findall(shown)
+                    seen = message_seen.findall(
+                        openssl("s_client", "-msg", "-connect", f"127.0.0.1:{server.port}", *files, option))
                     self.assertEqual(drawn, [message for message in seen if message[1] != "NewSessionTicket"])
 
 
@@ -292,7 +290,7 @@ class PageTest(unittest.TestCase):
         self.assertEqual([block.content for block in blocks("ini")], ["\n".join(parts)])
 
     def test_folder_tree(self) -> None:
-        """The tree shows the files that there are once the script has run, no more and no fewer."""
+        """The tree shows the files that there are once the script has run, the page of the tests their files."""
         _, tree = section("Folder Structure").blocks[0].content.split("\n", 1)
         entries = re.findall(r"^([│ ]*)[├└]── ([^ \n]+)(?: .*)?$", tree, re.MULTILINE)
         self.assertEqual(len(entries), tree.count("\n"), "lines that are no entries")
@@ -304,6 +302,8 @@ class PageTest(unittest.TestCase):
         real = {path.relative_to(root).as_posix() + "/" * path.is_dir()
                 for folder in ("", "certs/", "client/", "server/") for path in root.glob(f"{folder}[!.]*")}
         self.assertEqual(shown, real)
+        self.assertEqual(set(re.findall(r"`(test_\w+)`", PAGES["tests/README.md"])),
+                         {path.stem for path in (ROOT / "tests").glob("test_*.py")})
 
     def test_settings_tables(self) -> None:
         """The settings in the tables are those of --help, each with its variable and default."""

@@ -1,11 +1,11 @@
 """The lab's tests: ``python3 -m unittest discover -s tests -t .``
 
 Most of a test's time is waiting, so the test classes run side by side, in threads of this one
-process; the tests of one class run one after the other. What is reported of a test is kept until
-it ends, and then reported at once, so that the output reads as usual.
+process; the tests of one class run one after the other. The report of a test is kept until the
+test ends, and then passed on as a whole, so that the output reads as usual.
 
-unittest asks a package or a module for its `load_tests`. A test module whose classes are to run
-side by side also when it is run alone says: ``from tests import side_by_side as load_tests``.
+unittest calls `load_tests` of a package or module if there is one. A test module whose classes run
+side by side even if it is run alone says: ``from tests import side_by_side as load_tests``.
 """
 
 import os
@@ -28,7 +28,7 @@ if refusal:
     os._exit(1)   # unittest would turn sys.exit() into a failed test
 
 AT_ONCE = 6
-"""Classes that run side by side. More would only wait for the processor."""
+"""Classes that run side by side. More of them would only wait for a processor."""
 
 
 def load_tests(loader: unittest.TestLoader, _: unittest.TestSuite, pattern: str) -> unittest.TestSuite:
@@ -37,11 +37,11 @@ def load_tests(loader: unittest.TestLoader, _: unittest.TestSuite, pattern: str)
 
 
 def side_by_side(_: unittest.TestLoader, tests: unittest.TestSuite, *__: object) -> unittest.TestSuite:
-    """These tests, class beside class."""
+    """These tests, with their classes side by side."""
     classes: dict[type, list[unittest.TestCase]] = {}
     for test in each(tests):
         classes.setdefault(type(test), []).append(test)
-    # Those that say that they take long, first: so that nobody waits for them alone at the end.
+    # The slowest first, by their own estimate, so that none of them runs alone at the end.
     ordered = sorted(classes, key=lambda kind: -getattr(kind, "seconds", 0))
     return SideBySide(unittest.TestSuite(classes[kind]) for kind in ordered)
 
@@ -74,7 +74,7 @@ class SideBySide(unittest.TestSuite):
 
 
 class Record(unittest.TestResult):
-    """What one suite reports, kept until a test ends and then passed on to the real result."""
+    """Collects what one suite reports, and passes it on to the real result when a test ends."""
 
     def __init__(self, result: unittest.TestResult, turn: Any) -> None:
         super().__init__()
@@ -85,7 +85,7 @@ class Record(unittest.TestResult):
             setattr(self, name, lambda *arguments, name=name: self.keep(name, *arguments))
 
     def keep(self, name: str, *arguments: Any) -> None:
-        """Keep it. At the end of a test, or for a failure outside of any (in setUpClass), pass all on."""
+        """Keep it. At the end of a test, or if something fails outside of one (in setUpClass), pass all on."""
         self.kept.append((name, arguments))
         if name == "stopTest" or self.kept[0][0] != "startTest":
             with self.turn:

@@ -1,12 +1,11 @@
 """The mistakes people make with mTLS, each one an experiment: python3 -m tests.mistakes [WORD...]
 
-Every experiment makes one mistake with real certificates, lets a client and a server meet over
-loopback, and tells what each of them saw, why, and the cure. The certificates come from the lab's
-own certs/*.cnf, with one setting changed, and live in a temporary folder that is removed at the end.
+Each experiment makes one mistake with real certificates, connects a client to a server over
+loopback, and prints what each of them saw, why, and the cure. The certificates are made from the
+lab's own certs/*.cnf, with one setting changed, in a temporary folder that is removed at the end.
 
 Read an experiment's title (what you do wrong), its docstring (the why and the cure that are
-printed), and what it does. The tools that they all use come first: certificates, then how client
-and server meet.
+printed), and what it does. What all of them use comes first: certificates, then connections.
 """
 
 from __future__ import annotations
@@ -32,11 +31,11 @@ from unittest import mock
 
 ROOT = Path(__file__).resolve().parent.parent
 PATIENCE = 30.0
-"""Seconds after which a side gives up waiting for the other. Only a defect here makes it wait."""
+"""Seconds after which a side gives up waiting for the other. Only a bug in this file makes it wait that long."""
 
 
 class Missing(Exception):
-    """This machine lacks something that an experiment needs."""
+    """An experiment needs something that this machine does not have."""
 
 
 # --- Certificates --------------------------------------------------------------------------
@@ -58,8 +57,8 @@ Changes = dict[str, str | None]
 def altered(config: str, section: str, changes: Changes) -> str:
     """The text of a configuration with some settings of one section changed, added or left out.
 
-    Raises RuntimeError if the section, or a setting to leave out, is not there: then certs/*.cnf
-    has changed, and the experiment would go on without its mistake.
+    Raises RuntimeError if the section, or a setting to leave out, is missing: then certs/*.cnf
+    has changed, and the experiment would no longer make its mistake.
     """
     lines = []
     missing = {f"[ {section} ]"} | {setting for setting, value in changes.items() if value is None}
@@ -103,8 +102,8 @@ FUTURE = ("-startdate", "20480101000000Z", "-enddate", "20480102000000Z")
 class Bench:
     """A folder of certificates to experiment with: a good CA, server and client to begin with.
 
-    A certificate called NAME is NAME.crt, with its key in NAME.key. Keys are of the P-256 kind,
-    made in no time. What makes something returns its name.
+    A certificate called NAME is NAME.crt, and its key is NAME.key: a P-256 key unless an experiment
+    needs another, because these take no time to make. Methods that make something return its name.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -142,14 +141,14 @@ class Bench:
 
     def make_self_signed(self, name: str, like: str, subject: Changes | None = None,
                          **changes: str | None) -> str:
-        """Make a certificate as certs/LIKE.cnf has it, but for the changes, that nobody but itself vouches for."""
+        """Make a certificate from certs/LIKE.cnf with changes, signed with its own key."""
         self.prepare(name, like, subject, changes)
         self.openssl("req", "-new", "-x509", "-days", "3650", "-key", f"{name}.key", "-out", f"{name}.crt",
                      "-config", f"{name}.cnf", "-extensions", f"v3_{like}")
         return name
 
     def make_ca(self, name: str, subject: Changes | None = None, **changes: str | None) -> str:
-        """Make a CA as certs/ca.cnf has it, but for the changes."""
+        """Make a CA from certs/ca.cnf with changes."""
         return self.make_self_signed(name, "ca", subject, **changes)
 
     def make_request(self, name: str, like: str, subject: Changes | None = None,
@@ -167,16 +166,16 @@ class Bench:
 
     def issue(self, name: str, like: str, ca: str = "ca", options: tuple[str, ...] = (),
               subject: Changes | None = None, **changes: str | None) -> str:
-        """Make a certificate as certs/LIKE.cnf has it, but for the changes; both of the above."""
+        """Make a certificate from certs/LIKE.cnf with changes: `make_request`, then `sign`."""
         self.make_request(name, like, subject, rsa_bits=None, **changes)
         return self.sign(name, like, ca, options)
 
     def load(self, context: ssl.SSLContext, certificate: str) -> None:
-        """Give a side its certificate and key."""
+        """Load a certificate and its key into a context."""
         context.load_cert_chain(self.folder / f"{certificate}.crt", self.folder / f"{certificate}.key")
 
     def server(self, certificate: str = "server", trust: str = "ca") -> ssl.SSLContext:
-        """A server's settings, as server/server.py has them."""
+        """A server's TLS settings, as in server/server.py."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.verify_mode = ssl.CERT_REQUIRED
         context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -185,7 +184,7 @@ class Bench:
         return context
 
     def client(self, certificate: str | None = "client", trust: str = "ca") -> ssl.SSLContext:
-        """A client's settings, Python's defaults for the rest; None for no certificate."""
+        """A client's TLS settings: Python's defaults. None: without a certificate."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         context.load_verify_locations(self.folder / f"{trust}.crt")
         if certificate is not None:
@@ -193,7 +192,7 @@ class Bench:
         return context
 
     def git(self, *arguments: str) -> str:
-        """Run git in the folder's repository/, out of reach of your own git settings."""
+        """Run git in the folder's repository/, without your own git settings."""
         repository = self.folder / "repository"
         repository.mkdir(exist_ok=True)
         variables = {name: value for name, value in os.environ.items() if not name.startswith(("GIT_", "XDG_"))}
@@ -202,7 +201,7 @@ class Bench:
                    repository, variables)
 
 
-# --- Client and server meet ----------------------------------------------------------------
+# --- Connections ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -214,14 +213,14 @@ class Outcome:
 
 
 NOTHING = "nothing"
-"""What a side saw that was never reached."""
+"""What a side saw if the other never connected."""
 
 
 def in_words(error: OSError) -> str:
-    """OpenSSL's words for a failure, without what Python puts around them.
+    """OpenSSL's words for a failure, without what Python adds to them.
 
-    What stands before "alert" is left out. It depends on OpenSSL's version ("sslv3 alert bad
-    certificate" in 3.0, "ssl/tls alert bad certificate" in 3.5), and not on the connection's.
+    What comes before "alert" is left out: it depends on OpenSSL's version ("sslv3 alert bad
+    certificate" in 3.0, "ssl/tls alert bad certificate" in 3.5), not on the connection's.
     """
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
@@ -232,28 +231,28 @@ def in_words(error: OSError) -> str:
 
 
 def name_in(certificate: Any) -> str:
-    """The common name in what getpeercert() returned, in quotes if a space would go unnoticed."""
+    """The common name in what getpeercert() returned, in quotes if it begins or ends with a space."""
     subject = dict(field[0] for field in certificate["subject"]) if certificate else {}
     name = str(subject.get("commonName", "nobody"))
     return name if name == name.strip() else f'"{name}"'
 
 
-def part(side: ssl.SSLSocket) -> None:
-    """Say goodbye, then listen until the other side has said it too.
+def close(side: ssl.SSLSocket) -> None:
+    """Lingering close: stop sending, then read until the other side has closed, too.
 
-    Closing at once while the other side is still sending makes the kernel reset the connection,
-    and the alert that says why is lost.
+    Closing at once while the other side is still sending would reset the connection, and the alert
+    that says why would be lost.
     """
     try:
         side.shutdown(socket.SHUT_WR)   # from here on, Python reads the plain bytes
         while side.recv(4096):
             pass
     except OSError:
-        pass   # it has gone already
+        pass   # the other side has closed already
 
 
 def serve(listener: socket.socket, context: ssl.SSLContext, name_of: Callable[[Any], str], seen: list[str]) -> None:
-    """Accept one client, greet it by the name in its certificate, and note what was seen."""
+    """Accept one client, answer with the name in its certificate, and append what was seen to ``seen``."""
     connection, _ = listener.accept()
     connection.settimeout(PATIENCE)
     with context.wrap_socket(connection, server_side=True, do_handshake_on_connect=False) as side:
@@ -266,30 +265,30 @@ def serve(listener: socket.socket, context: ssl.SSLContext, name_of: Callable[[A
             seen.append(f"{name}'s request")
         except OSError as error:
             seen.append(in_words(error))
-        part(side)
+        close(side)
 
 
 def ask(context: ssl.SSLContext, host: str, port: int) -> str:
-    """Send a request to https://HOST:PORT and return the answer, or why there is none."""
+    """Send a request to https://HOST:PORT. Returns the answer, or the error."""
     connection = socket.create_connection(("127.0.0.1", port), timeout=PATIENCE)
     with context.wrap_socket(connection, server_hostname=host, do_handshake_on_connect=False) as side:
         try:
             side.do_handshake()
             side.sendall(f"GET / HTTP/1.1\r\nHost: {host}\r\n\r\n".encode())
-            # In TLS 1.3 the client is done before the server has looked at its certificate:
-            # a refusal is not seen until now, on the first read.
+            # In TLS 1.3 the client has finished before the server has seen its certificate:
+            # it learns of a refusal only now, on its first read.
             seen = side.recv(4096).decode().partition("\r\n\r\n")[2]
         except OSError as error:
             seen = in_words(error)
-        part(side)
+        close(side)
         return seen
 
 
 def meet(server: ssl.SSLContext, client: ssl.SSLContext | Callable[[int], str], host: str = "localhost",
          name_of: Callable[[Any], str] = name_in) -> Outcome:
-    """Let a client connect to a server over loopback. A function for a client gets the port.
+    """Connect a client to a server over loopback. A client that is a function is called with the port.
 
-    ``name_of`` is how the server gets the client's name out of what getpeercert() returned.
+    ``name_of`` takes the client's name out of what the server's getpeercert() returned.
     """
     seen_by_server: list[str] = []
     with socket.create_server(("127.0.0.1", 0)) as listener:
@@ -309,7 +308,7 @@ def meet(server: ssl.SSLContext, client: ssl.SSLContext | Callable[[int], str], 
 
 @dataclass(frozen=True)
 class Experiment:
-    """One mistake: its group, what you do wrong, in a few words, and the function that does it."""
+    """One mistake: its group, what you do wrong in a few words, and the function that does it."""
 
     group: str
     title: str
@@ -322,11 +321,11 @@ class Experiment:
 
 
 EXPERIMENTS: list[Experiment] = []
-"""All of them, in the order of this file. Those of a group stand together."""
+"""All of them, in the order of this file, group by group."""
 
 
 def experiment(group: str, title: str) -> Callable[[Callable[[Bench], Outcome]], Callable[[Bench], Outcome]]:
-    """Put the function below into `EXPERIMENTS`."""
+    """Decorator: add the function to `EXPERIMENTS`."""
 
     def register(run: Callable[[Bench], Outcome]) -> Callable[[Bench], Outcome]:
         EXPERIMENTS.append(Experiment(group, title, run))
@@ -336,7 +335,7 @@ def experiment(group: str, title: str) -> Callable[[Callable[[Bench], Outcome]],
 
 
 def in_turn(*outcomes: Outcome) -> Outcome:
-    """Several attempts as one outcome."""
+    """Several attempts, one after the other, as one outcome."""
     return Outcome("; ".join(one.client for one in outcomes), "; ".join(one.server for one in outcomes))
 
 
@@ -354,7 +353,7 @@ def as_it_is(bench: Bench) -> Outcome:
 
 @experiment("handshake", "no client certificate")
 def no_certificate(bench: Bench) -> Outcome:
-    """The server has CERT_REQUIRED. In TLS 1.3 the client learns it on its first read.
+    """The server demands one (CERT_REQUIRED). In TLS 1.3 the client learns of the refusal on its first read.
 
     Cure: load_cert_chain() on the client.
     """
@@ -363,7 +362,7 @@ def no_certificate(bench: Bench) -> Outcome:
 
 @experiment("handshake", "no client certificate, TLS 1.2")
 def no_certificate_in_tls12(bench: Bench) -> Outcome:
-    """The same. TLS 1.2 has no alert of its own for it.
+    """The same, but TLS 1.2 has no specific alert for it.
 
     Cure: load_cert_chain() on the client.
     """
@@ -392,7 +391,7 @@ def old_protocol(bench: Bench) -> Outcome:
     if not ssl.HAS_TLSv1_1:
         raise Missing("this OpenSSL has no TLS 1.1")
     client = bench.client()
-    client.set_ciphers("DEFAULT:@SECLEVEL=0")   # else OpenSSL itself offers no TLS 1.1
+    client.set_ciphers("DEFAULT:@SECLEVEL=0")   # OpenSSL does not offer TLS 1.1 otherwise
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)
         client.minimum_version = ssl.TLSVersion.TLSv1_1
@@ -410,7 +409,7 @@ def server_without_san(bench: Bench) -> ssl.SSLContext:
 
 @experiment("names and SAN", "no SAN, https://127.0.0.1")
 def no_san_address(bench: Bench) -> Outcome:
-    """The client looks for the address in the SAN. A CN is no address.
+    """The client looks for the address in the SAN. The CN is not compared with an address.
 
     Cure: subjectAltName with IP:127.0.0.1.
     """
@@ -439,7 +438,7 @@ def no_san_name_strict(bench: Bench) -> Outcome:
 
 @experiment("names and SAN", "no SAN, https://localhost, curl")
 def no_san_curl(bench: Bench) -> Outcome:
-    """Accepted: curl with OpenSSL falls back to the CN, too. With other TLS libraries it may not.
+    """Accepted: a curl with OpenSSL falls back to the CN, too. One with another TLS library may not.
 
     Cure: subjectAltName with DNS:localhost.
     """
@@ -459,7 +458,7 @@ def no_san_curl(bench: Bench) -> Outcome:
 
 @experiment("names and SAN", "SAN in the request only")
 def san_not_signed(bench: Bench) -> Outcome:
-    """The CA decides what it signs: openssl x509 -req copies no extension from the CSR, and warns of nothing.
+    """The CA decides what it signs: openssl x509 -req copies no extension from the CSR, and does not warn.
 
     Cure: Sign with -extensions v3_server -extfile certs/server.cnf.
     """
@@ -470,13 +469,13 @@ def san_not_signed(bench: Bench) -> Outcome:
 
 
 def uri_in(certificate: Any) -> str:
-    """The URI in the SAN that getpeercert() returned. SPIFFE allows only one."""
+    """The URI in the SAN of what getpeercert() returned. SPIFFE allows only one."""
     return str(dict(certificate["subjectAltName"])["URI"])
 
 
 @experiment("names and SAN", "client name in the SAN, no CN")
 def spiffe(bench: Bench) -> Outcome:
-    """The handshake is fine, but a server that only looks at the CN sees nobody. The second server reads the SAN.
+    """The handshake succeeds, but a server that looks only at the CN sees nobody. The second server reads the SAN.
 
     Cure: Take the name from where your CA puts it: the URI in subjectAltName.
     """
@@ -488,7 +487,7 @@ def spiffe(bench: Bench) -> Outcome:
 
 @experiment("names and SAN", "CN in capitals, CN with a space")
 def similar_names(bench: Bench) -> Outcome:
-    """The handshake is fine: TLS compares no client's name with anything. Your CA has made three different clients.
+    """The handshake succeeds: TLS does not check a client's name. Neither of these two is mtls-client.
 
     Cure: Compare exactly. lower() or strip() would take both for mtls-client.
     """
@@ -511,7 +510,7 @@ def server_without_eku(bench: Bench) -> Outcome:
 
 @experiment("purpose", "server cert with clientAuth")
 def server_with_client_eku(bench: Bench) -> Outcome:
-    """The certificate is for clients. This keeps a client from posing as the server.
+    """The certificate is for clients. This check keeps a client from posing as the server.
 
     Cure: extendedKeyUsage = serverAuth.
     """
@@ -540,7 +539,7 @@ def client_with_server_eku(bench: Bench) -> Outcome:
 
 
 def with_ca(bench: Bench, flags: ssl.VerifyFlags, basic_constraints: str | None) -> Outcome:
-    """Both sides have their certificate from, and trust, a CA with other basicConstraints."""
+    """Both sides use certificates from, and trust, a CA with other basicConstraints."""
     bench.make_ca("odd-ca", basicConstraints=basic_constraints)
     client = bench.client(bench.issue("odd-client", like="client", ca="odd-ca"), trust="odd-ca")
     client.verify_flags |= flags
@@ -567,7 +566,7 @@ def ca_without_constraints_strict(bench: Bench) -> Outcome:
 
 @experiment("CA and chain", "CA with CA:false")
 def ca_that_says_no(bench: Bench) -> Outcome:
-    """The certificate says that it is no CA. What it signs counts for nothing.
+    """The certificate says that it is not a CA, so nothing that it signs is accepted.
 
     Cure: basicConstraints = critical, CA:true.
     """
@@ -576,17 +575,17 @@ def ca_that_says_no(bench: Bench) -> Outcome:
 
 @experiment("CA and chain", "CA made anew, old client cert")
 def former_ca(bench: Bench) -> Outcome:
-    """The new CA has the old one's name but another key. A name proves nothing.
+    """The new CA has the same name as the old one but a different key, and only the key counts.
 
-    Cure: Issue the certificate again, with the CA that the server trusts.
+    Cure: Issue the certificate again, from the CA that the server trusts.
     """
-    # Each certificate says which key has signed it (authorityKeyIdentifier), so the server does not
-    # even try its own CA's. Without that it would try, and say "certificate signature failure".
+    # Each certificate names the key that signed it (authorityKeyIdentifier), so the server does not
+    # even try its own CA's key. Otherwise it would, and report "certificate signature failure".
     return meet(bench.server(), bench.client(bench.issue("former", like="client", ca=bench.make_ca("former-ca"))))
 
 
 def client_of_intermediate_ca(bench: Bench, root: str, *, chain_sent: bool) -> Outcome:
-    """The root, which the server trusts, has signed another CA, and this the client's certificate."""
+    """The root, which the server trusts, has signed an intermediate CA, and that the client's certificate."""
     bench.issue("middle-ca", like="ca", ca=root, subject={"CN": "mTLS Lab Intermediate CA"})
     bench.issue("leaf", like="client", ca="middle-ca")
     if chain_sent:
@@ -597,7 +596,7 @@ def client_of_intermediate_ca(bench: Bench, root: str, *, chain_sent: bool) -> O
 
 @experiment("CA and chain", "intermediate CA, chain not sent")
 def chain_not_sent(bench: Bench) -> Outcome:
-    """The server knows only the root. The intermediate CA's certificate, which leads there, is for the client to send.
+    """The server knows only the root. The client has to send the intermediate CA's certificate along with its own.
 
     Cure: Append it to the client's file: cat client.crt intermediate.crt > chain.crt.
     """
@@ -609,7 +608,7 @@ def chain_not_sent(bench: Bench) -> Outcome:
 def chain_sent(bench: Bench) -> Outcome:
     """Nothing is wrong here: both certificates are in the file that the client loads.
 
-    Cure: None needed. Everybody in the chain has vouched for the next one.
+    Cure: None needed. The server can follow the chain from the client to the root.
     """
     root = bench.make_ca("root-ca", basicConstraints="critical, CA:true")
     return client_of_intermediate_ca(bench, root, chain_sent=True)
@@ -617,9 +616,9 @@ def chain_sent(bench: Bench) -> Outcome:
 
 @experiment("CA and chain", "intermediate CA below pathlen:0")
 def below_pathlen_0(bench: Bench) -> Outcome:
-    """The lab's CA says pathlen:0, so no CA may stand below it. A CA that it signs by mistake is worth nothing.
+    """pathlen:0 in the lab's CA allows no other CA below it. If it signs one by mistake, that one is useless.
 
-    Cure: pathlen:1 in the root's basicConstraints, if intermediate CAs are wanted.
+    Cure: pathlen:1 in the root's basicConstraints, if you want intermediate CAs.
     """
     return client_of_intermediate_ca(bench, "ca", chain_sent=True)
 
@@ -629,16 +628,16 @@ def below_pathlen_0(bench: Bench) -> Outcome:
 
 @experiment("time", "client cert expired")
 def client_expired(bench: Bench) -> Outcome:
-    """Its time is over, by the server's clock.
+    """By the server's clock, its notAfter date is past.
 
-    Cure: Issue a new one in time. openssl x509 -noout -dates -in FILE shows when.
+    Cure: Renew it in time: bash certs/gen_certs.sh renew. openssl x509 -noout -dates -in FILE shows the dates.
     """
     return meet(bench.server(), bench.client(bench.issue("old", like="client", options=PAST)))
 
 
 @experiment("time", "client cert not yet valid")
 def client_early(bench: Bench) -> Outcome:
-    """Usually a wrong clock. The alert does not say so: there is none for this.
+    """Usually a clock is wrong. TLS has no alert for this, so the client sees a general one.
 
     Cure: Set the clocks of the CA and the server.
     """
@@ -647,18 +646,18 @@ def client_early(bench: Bench) -> Outcome:
 
 @experiment("time", "server cert expired")
 def server_expired(bench: Bench) -> Outcome:
-    """The client refuses, by its own clock, before it sends a certificate or a request.
+    """The client checks it by its own clock, and refuses before it sends a certificate or a request.
 
-    Cure: Issue a new one in time, and let the server load it.
+    Cure: Renew it in time: bash certs/gen_certs.sh renew. The lab's server then loads it by itself.
     """
     return meet(bench.server(bench.issue("old", like="server", options=PAST)), bench.client())
 
 
 @experiment("time", "client cert renewed, server runs on")
 def client_renewed(bench: Bench) -> Outcome:
-    """The running server takes the new one at once: it knows the CA, not the single certificates.
+    """The running server accepts the new one at once: it checks who signed a certificate, and keeps no list of them.
 
-    Cure: None needed, only a client that loads the new file.
+    Cure: None needed on the server. The client has to load the new file.
     """
     server = bench.server()
     before = meet(server, bench.client(bench.issue("renewed", like="client", options=PAST)))
@@ -667,9 +666,11 @@ def client_renewed(bench: Bench) -> Outcome:
 
 @experiment("time", "server cert renewed, server runs on")
 def server_renewed(bench: Bench) -> Outcome:
-    """A running server does not see that its file is new. The second attempt is after load_cert_chain().
+    """A server reads the file when it starts, and does not notice that it has changed. Before the second attempt it
+    calls load_cert_chain() again.
 
-    Cure: A restart, or load_cert_chain() again on the running context: new connections then get the new one.
+    Cure: Restart it. Or do as the lab's server does: look at the files once a second, and load new ones into a new
+    context.
     """
     server = bench.server(bench.issue("renewed", like="server", options=PAST))
     bench.issue("renewed", like="server")
@@ -682,7 +683,7 @@ def server_renewed(bench: Bench) -> Outcome:
 
 
 def load_and_meet(bench: Bench, client: ssl.SSLContext, certificate: str, key: str) -> Outcome:
-    """What the client's own load_cert_chain() says, or if it says nothing, what comes of it."""
+    """The client's own load_cert_chain() fails, or the client connects with what it has loaded."""
     try:
         client.load_cert_chain(bench.folder / f"{certificate}.crt", bench.folder / f"{key}.key")
     except ssl.SSLError as error:
@@ -691,7 +692,7 @@ def load_and_meet(bench: Bench, client: ssl.SSLContext, certificate: str, key: s
 
 
 def usual_and_careless(bench: Bench, certificate: str) -> Outcome:
-    """Two clients with this certificate: one with Python's defaults, and one that takes everything."""
+    """Two clients with this certificate: one with Python's defaults, and one that accepts any key and digest."""
     careless = bench.client(certificate=None)
     careless.set_ciphers("DEFAULT:@SECLEVEL=0")
     return in_turn(load_and_meet(bench, bench.client(certificate=None), certificate, certificate),
@@ -700,7 +701,7 @@ def usual_and_careless(bench: Bench, certificate: str) -> Outcome:
 
 @experiment("keys and secrets", "key of another certificate")
 def wrong_key(bench: Bench) -> Outcome:
-    """The key is not the certificate's. load_cert_chain() fails before anything connects.
+    """The key does not match the certificate. load_cert_chain() fails before there is a connection.
 
     Cure: Use the two files that were made together.
     """
@@ -709,8 +710,8 @@ def wrong_key(bench: Bench) -> Outcome:
 
 @experiment("keys and secrets", "RSA key of 1024 bits")
 def short_key(bench: Bench) -> Outcome:
-    """OpenSSL's security level 2, Python's default, wants 2048. First the client's own load_cert_chain() refuses the
-    key; then a client at level 0 shows it, and the server refuses.
+    """Python's default, OpenSSL's security level 2, requires 2048 bits. First the client's own load_cert_chain()
+    refuses the key. Then a client at level 0 presents it, and the server refuses.
 
     Cure: 2048 bits or more, or a P-256 key.
     """
@@ -721,20 +722,20 @@ def short_key(bench: Bench) -> Outcome:
 @experiment("keys and secrets", "SHA-1 signature")
 def weak_digest(bench: Bench) -> Outcome:
     """SHA-1 is broken: the certificate may be forged. The same two attempts. In OpenSSL 3.6.5 load_cert_chain() does
-    not look at this, so both end at the server.
+    not check this, so the server refuses both.
 
     Cure: Sign with -sha256. openssl x509 -noout -text -in FILE shows the algorithm.
     """
     try:
         bench.issue("sha1", like="client", options=("-md", "sha1"))
-    except subprocess.CalledProcessError:   # some systems' settings forbid it
+    except subprocess.CalledProcessError:   # the settings of some systems forbid it
         raise Missing("this openssl does not sign with SHA-1") from None
     return usual_and_careless(bench, "sha1")
 
 
 @experiment("keys and secrets", "one cert for all clients")
 def shared(bench: Bench) -> Outcome:
-    """The server cannot tell the two clients apart, nor shut out only one.
+    """The server cannot tell the two clients apart, nor lock out only one of them.
 
     Cure: One certificate each: bash certs/gen_certs.sh client NAME.
     """
@@ -767,7 +768,7 @@ def committed_key(bench: Bench) -> Outcome:
 
 @experiment("trust", "client cert self-signed")
 def self_signed(bench: Bench) -> Outcome:
-    """Nobody whom the server trusts vouches for it: anyone can write mtls-client into a certificate.
+    """No CA that the server trusts has signed it. Anyone can write mtls-client into a certificate.
 
     Cure: Let the CA sign it.
     """
@@ -776,15 +777,15 @@ def self_signed(bench: Bench) -> Outcome:
 
 @experiment("trust", "getpeercert() not checked")
 def not_checked(bench: Bench) -> Outcome:
-    """Every certificate of the CA passes the handshake. It says who they are, not what they may do.
+    """Every certificate of the CA passes the handshake. It says who a client is, not what it may do.
 
-    Cure: Compare the name with a list, and answer 403 to all others.
+    Cure: Compare the name with a list, and answer 403 to any other.
     """
     return meet(bench.server(), bench.client(bench.issue("mallory", like="client", subject={"CN": "mallory"})))
 
 
 def load_system_cas(bench: Bench, context: ssl.SSLContext, purpose: ssl.Purpose) -> None:
-    """Let a side trust the system's CAs, of which "foreign-ca" is one for this moment."""
+    """Make a context trust the system's CAs; only while this runs, "foreign-ca" is the system's one CA."""
     bench.make_ca("foreign-ca", subject={"CN": "Some Public CA"})
     with mock.patch.dict(os.environ, SSL_CERT_FILE=str(bench.folder / "foreign-ca.crt")):
         context.load_default_certs(purpose)
@@ -792,7 +793,7 @@ def load_system_cas(bench: Bench, context: ssl.SSLContext, purpose: ssl.Purpose)
 
 @experiment("trust", "client trusts the system's CAs")
 def client_trusts_system(bench: Bench) -> Outcome:
-    """That was an impostor: any CA in the store can vouch for a server.
+    """The client trusts an impostor: any CA in the system's store can issue a certificate for the server's name.
 
     Cure: load_verify_locations() with our own CA, and nothing else.
     """
@@ -803,7 +804,7 @@ def client_trusts_system(bench: Bench) -> Outcome:
 
 @experiment("trust", "server trusts the system's CAs")
 def server_trusts_system(bench: Bench) -> Outcome:
-    """That was an impostor: any CA in the store can say who is mtls-client.
+    """The server trusts an impostor: any CA in the system's store can issue a certificate for mtls-client.
 
     Cure: load_verify_locations() with our own CA, and nothing else.
     """
@@ -825,7 +826,7 @@ def revoke_alice(bench: Bench, *lifetime: str) -> ssl.SSLContext:
 
 @experiment("trust", "client cert revoked, no CRL")
 def revoked_without_crl(bench: Bench) -> Outcome:
-    """alice's key was stolen, so the CA has revoked her certificate. The server has not heard of it: the thief gets in.
+    """alice's key was stolen, so the CA has revoked her certificate. The server does not know, and the thief gets in.
 
     Cure: Give the server the CA's list of revoked certificates (the CRL), as in the next experiment.
     """
@@ -846,11 +847,11 @@ def revoked_with_crl(bench: Bench) -> Outcome:
 
 @experiment("trust", "CRL expired, cert not revoked")
 def crl_expired(bench: Bench) -> Outcome:
-    """Everyone is refused: after its nextUpdate the list may lack what was revoked last, so it counts for nothing.
+    """Everyone is refused: after its nextUpdate, the list may lack the latest revocations, so it is not accepted.
 
-    Cure: Make and load a new CRL before that, also when nothing was revoked.
+    Cure: Make and load a new CRL before that date, even if nothing was revoked.
     """
-    server = revoke_alice(bench, "-crlsec", "1")   # the one way to an expired CRL that all versions have
+    server = revoke_alice(bench, "-crlsec", "1")   # only this makes an expired CRL in every version
     time.sleep(1.1)
     return meet(server, bench.client())
 
@@ -864,7 +865,7 @@ Anything else: that side's own error, in OpenSSL's words. "A; B": two attempts.
 
 
 def entry(one: Experiment, outcome: Outcome) -> str:
-    """What is printed of an experiment, in lines of 80 columns."""
+    """What is printed about an experiment, in lines of 80 columns."""
     why, cure = one.explanation()
     lines = [one.title]
     for label, text in (("client saw", outcome.client), ("server saw", outcome.server), ("why", why), ("cure", cure)):
@@ -874,13 +875,13 @@ def entry(one: Experiment, outcome: Outcome) -> str:
 
 
 def chosen(words: list[str]) -> list[Experiment]:
-    """The experiments whose group and title have, for each of the words, one that begins with it."""
+    """The experiments with, for each of these words, a word in their group or title that begins with it."""
     patterns = [re.compile(rf"(?<!\w){re.escape(word)}", re.IGNORECASE) for word in words]
     return [one for one in EXPERIMENTS if all(pattern.search(f"{one.group}, {one.title}") for pattern in patterns)]
 
 
 def main() -> int:
-    """Run the experiments that are asked for, and print what each shows."""
+    """Run the chosen experiments and print what each of them shows. Returns the exit code."""
     groups = ", ".join(dict.fromkeys(one.group for one in EXPERIMENTS))
     parser = argparse.ArgumentParser(prog="python3 -m tests.mistakes", epilog=f"groups: {groups}",
                                      description="The mistakes people make with mTLS, as experiments.")
@@ -908,7 +909,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"mistakes: {' '.join(error.cmd)} failed:\n{error.output}", file=sys.stderr)
         return 1
-    except BrokenPipeError:   # the reader has left, as in "... | head"
+    except BrokenPipeError:   # nobody reads any more, as in "... | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Missing, OSError, RuntimeError) as error:

@@ -35,7 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def once(make: Callable[[], A]) -> Callable[[], A]:
-    """Decorator: make it when it is first asked for, only once also where tests run side by side."""
+    """Decorator: makes the value on the first call, and only once even if tests run side by side."""
     lock = threading.RLock()
     cached = functools.cache(make)
 
@@ -49,7 +49,7 @@ def once(make: Callable[[], A]) -> Callable[[], A]:
 PATIENCE = 30.0
 """Seconds after which a test gives up waiting for something that should happen at once."""
 
-# The descriptors that this process may have, set at import because it concerns all tests.
+# The file descriptors that this process may have, set at import because it concerns all tests.
 _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 DESCRIPTORS = 4000 if _HARD == resource.RLIM_INFINITY else min(4000, _HARD)
 resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, _HARD))
@@ -59,7 +59,7 @@ _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "
 
 
 def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The test's own environment without what steers the lab; ``extra`` adds (None removes)."""
+    """The environment of the tests without what steers the lab. ``extra`` adds variables, or removes them (None)."""
     own = {name: value for name, value in os.environ.items() if not name.upper().startswith(_STEERING)}
     return {name: value for name, value in {**own, **(extra or {})}.items() if value is not None}
 
@@ -78,13 +78,13 @@ def new_folder(prefix: str) -> Path:
 
 
 def side_by_side(function: Callable[[A], B], cases: Iterable[A]) -> list[B]:
-    """The function's results for all cases, a few at a time: what starts processes gains from every core."""
+    """The function's results for all cases, a few at a time: starting processes benefits from every core."""
     with ThreadPoolExecutor(4) as pool:
         return list(pool.map(function, cases))
 
 
 def comes_true(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
-    """Whether the condition holds now or within the time."""
+    """Whether the condition holds now or within so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -107,10 +107,10 @@ def openssl(*arguments: str | Path, cwd: Path | None = None) -> str:
     return succeed("openssl", *arguments, cwd=cwd)
 
 
-# Generating a 4096-bit key costs seconds. This openssl keeps each key that it makes, by set,
-# size and file name, and hands out the same one next time; all else goes to the real openssl.
-# It creates files as LibreSSL does, with the mode that the umask leaves. To save time, the CA's key
-# of any set but the first has 2048 bits, and additional clients of a set share one key.
+# Generating a 4096-bit key takes seconds. This openssl keeps each key that it makes, by set, size
+# and file name, and copies it the next time; anything else goes to the real openssl. It creates
+# files as LibreSSL does, with the mode that the umask leaves. To save time, the CA's key has 2048
+# bits in every set but the first, and additional clients of a set share one key.
 _PREPARED_OPENSSL = """#!/bin/sh
 if [ "$1" = genrsa ]; then
   set=${{PREPARED_SET:-first}}
@@ -127,7 +127,7 @@ fi
 
 @once
 def prepared_path() -> str:
-    """A PATH whose openssl hands out prepared keys (``genrsa -out FILE BITS`` only)."""
+    """A PATH whose openssl copies prepared keys (``genrsa -out FILE BITS`` only)."""
     folder = new_folder("prepared")
     real = shutil.which("openssl")
     assert real, "the tests need the openssl command"
@@ -138,9 +138,9 @@ def prepared_path() -> str:
 
 
 def free_port() -> str:
-    """A port for a program that must be told one. Not one that the system would give to others meanwhile."""
+    """A port for a program that needs a fixed one, outside the range from which the system picks free ports."""
     while True:
-        port = random.randrange(15_000, 30_000)   # noqa: S311   # below what "any free port" is taken from
+        port = random.randrange(15_000, 30_000)   # noqa: S311   # no secret
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.bind(("127.0.0.1", port))
             return str(port)
@@ -241,7 +241,7 @@ class Output:
         threading.Thread(target=self._collect, args=(stream, heard), daemon=True).start()
 
     def _collect(self, stream: IO[bytes], heard: Callable[[bytearray], None]) -> None:
-        with stream, contextlib.suppress(OSError):   # so Linux says that nobody holds a terminal any more
+        with stream, contextlib.suppress(OSError):   # so Linux reports the end of a terminal
             while piece := os.read(stream.fileno(), 65536):
                 with self._changed:
                     self._data += piece
@@ -266,7 +266,7 @@ class Output:
         holds = wanted if callable(wanted) else lambda lines: any(wanted in line for line in lines)
         self.until(lambda: holds(self.now()))
         if not holds(lines := self.now()):
-            raise AssertionError(f"waited in vain for {wanted!r}; the process printed {lines}")
+            raise AssertionError(f"never saw {wanted!r}; the process printed {lines}")
         return lines
 
     def until(self, condition: Callable[[], bool]) -> bool:
@@ -282,7 +282,7 @@ class Output:
 
 
 class Server(contextlib.AbstractContextManager["Server"]):
-    """A running ``server.py``. Use it as a context manager: it is ended on the way out.
+    """A running ``server.py``. Use it as a context manager: it is ended on exit.
 
     It listens on a free port, unless arguments or ``env`` say otherwise. ``before`` is a shell command that runs
     first ("ulimit -n 48"), ``constants`` are set then ({"connections.NAME": 1.5}), ``stderr`` is as for Popen.
@@ -487,17 +487,17 @@ class ServerCase(unittest.TestCase):
         defects = [line for line in server.stderr.now() if not line.startswith("[SERVER] ") or "ERROR" in line]
         self.assertEqual(defects, [], "the server should log no defect of its own")
 
-    def assert_served(self, server: Server, message: str = "a proper client is served") -> None:
+    def assert_served(self, server: Server, message: str = "a valid client must be served") -> None:
         """A new client gets its answer and a clean end."""
         with Talk(server.connect()) as talk:
             self.assertEqual(talk.ask("GET", "/todo", Connection="close").status, 200, message)
             self.assert_ends_well(talk)
 
     def assert_unharmed(self, server: Server) -> None:
-        """A proper client is served, all descriptors are back, and no defect was logged."""
+        """A valid client is served, all descriptors are closed again, and no defect was logged."""
         self.assert_no_defect_logged(server)
-        self.assert_served(server, "a proper client must be served afterwards")
-        self.assertTrue(server.settles(), f"of descriptors, {server.has('fd')} are left, not {server.at_rest}")
+        self.assert_served(server, "a valid client must be served afterwards")
+        self.assertTrue(server.settles(), f"{server.has('fd')} descriptors are open, not {server.at_rest}")
         self.assert_no_defect_logged(server)
 
 

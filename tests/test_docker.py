@@ -1,4 +1,4 @@
-"""The container image: what the Dockerfile may contain, and, where an engine is, the image at work."""
+"""The container image: what the Dockerfile may contain, and, if there is an engine, the image in use."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import uuid
 from pathlib import Path
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import PATIENCE, ROOT, Lab, Server, lab, once
+from tests.support import PATIENCE, ROOT, Lab, Server, comes_true, lab, once
 
 
 def instructions() -> list[tuple[str, str]]:
@@ -28,10 +28,10 @@ def values(word: str) -> list[str]:
 
 
 class TestDockerfile(unittest.TestCase):
-    """Without any engine."""
+    """What can be checked without an engine."""
 
     def test_what_is_copied(self) -> None:
-        """Files one by one, the key for the server's user alone; .dockerignore lets in exactly these."""
+        """Single files, the key readable for the server's user only; .dockerignore admits exactly these."""
         files = [rest.split()[-1] for rest in values("COPY")]
         options = {"certs/server.key": f"--chown={values('USER')[0]} --chmod=0400"}
         self.assertEqual(values("COPY"), [f"{options.get(name, '--chmod=0444')} {name} {name}" for name in files])
@@ -41,7 +41,7 @@ class TestDockerfile(unittest.TestCase):
         self.assertEqual([rule for rule in rules if rule[:1] not in ("", "#")], ["*", *(f"!{name}" for name in files)])
 
     def test_it_is_enough(self) -> None:
-        """The server runs on these files and serves."""
+        """These files are all that the server needs."""
         image = Lab("image")
         shutil.rmtree(image.root)
         for rest in values("COPY"):
@@ -52,10 +52,10 @@ class TestDockerfile(unittest.TestCase):
             self.assertEqual(lab().run("client/client.py", "--url", server.url).returncode, 0)
 
     def test_settings(self) -> None:
-        """An official slim image of a Python that the lab supports, nothing installed, no root; python is process 1."""
+        """An official slim image of a supported Python, nothing installed, not root; python is process 1."""
         self.assertEqual([word for word, _ in instructions() if word not in ("ENV", "COPY")],
                          ["FROM", "WORKDIR", "USER", "EXPOSE", "CMD"], "nothing that runs, adds or downloads anything")
-        self.assertRegex(values("FROM")[0], r"\Apython:3\.1[0-4]-slim\Z")
+        self.assertRegex(values("FROM")[0], r"\Apython:3\.1[0-5]-slim\Z")
         self.assertRegex(values("USER")[0], r"\A[1-9]\d*:[1-9]\d*\Z", "numbers, and neither is root's")
         self.assertEqual(json.loads(values("CMD")[0]), ["python3", "server/server.py"])
         env = dict(setting.split("=", 1) for rest in values("ENV") for setting in rest.split())
@@ -101,15 +101,12 @@ class TestImage(unittest.TestCase):
         name = f"mtls-lab-test-{uuid.uuid4().hex[:12]}"
         self.docker("run", "-d", "--name", name, "--network", "host", "-e", "MTLS_SERVER_PORT=0", *options, self.tag)
         self.addCleanup(self.docker, "rm", "-f", name, check=False)
-        deadline = time.monotonic() + PATIENCE
-        while "Press Ctrl+C" not in (log := self.docker("logs", name, check=False).stdout):
-            self.assertLess(time.monotonic(), deadline, log)
-            time.sleep(0.1)
-        port, = re.findall(r"listening on \S+:(\d+)", log)
+        self.assertTrue(comes_true(lambda: "Press Ctrl+C" in self.docker("logs", name, check=False).stdout))
+        port, = re.findall(r"listening on \S+:(\d+)", self.docker("logs", name).stdout)
         return name, f"https://127.0.0.1:{port}/todo"
 
     def test_at_work(self) -> None:
-        """Locked down, too, it serves the clients from the host, logs as a terminal would, and stops at once with 0."""
+        """It serves clients on the host, even if locked down, logs as in a terminal, and stops at once with code 0."""
         locked_down = ("--read-only", "--cap-drop=ALL", "--security-opt", "no-new-privileges")
         for options, end in (((), ("kill", "-s", "INT")), (locked_down, ("stop",))):
             with self.subTest(f"{options}, ended with {end[0]}"):
@@ -126,7 +123,7 @@ class TestImage(unittest.TestCase):
                     self.assertIn(line, log)
 
     def test_certificates_mounted(self) -> None:
-        """Certificates made later, mounted over those in the image, for the user who owns them."""
+        """Newer certificates can be mounted over those in the image, if the user in the container owns them."""
         renewed = Lab("renewed")
         renewed.generate(PREPARED_SET="renewed")
         user = (renewed.certs / "server.key").stat()
@@ -137,7 +134,7 @@ class TestImage(unittest.TestCase):
         self.assertEqual(lab().run("client/client.py", "--url", url).returncode, 1)
 
     def test_before_the_certificates(self) -> None:
-        """Building without certificates fails, and docker's output says what to run first."""
+        """A build without certificates fails, and docker's output says what to run first."""
         result = self.build(Lab("no certificates"), self.tag + "-none", check=False)
         self.assertNotEqual(result.returncode, 0)
         if engine() == "docker":   # podman does not show the lines around the one that failed

@@ -56,17 +56,17 @@ def printed(output: str) -> Groups:
 
 
 def expected(title: str, entry: dict[str, str]) -> list[dict[str, str]]:
-    """What may be printed of an experiment, in the words of this Python's OpenSSL."""
+    """What an experiment may print, in the words of this Python's OpenSSL."""
     client, server = (in_words_of_this_openssl(entry[label]) for label in ("client saw", "server saw"))
     seen = [(client, server)]
-    if title == "SHA-1 signature":   # OpenSSL 3.6.5 leaves what signed one's own certificate to the other side
+    if title == "SHA-1 signature":   # OpenSSL 3.6.5 does not check this in one's own certificate
         seen.append(("; ".join(["alert bad certificate"] * 2),
                      "; ".join(["CA signature digest algorithm too weak"] * 2)))
     return [{**entry, "client saw": client, "server saw": server} for client, server in seen]
 
 
 def curl_falls_back() -> bool:
-    """Whether there is a curl, and one with OpenSSL: only of this do we tell what it does."""
+    """Whether there is a curl with OpenSSL: the page tells what that does, not what others do."""
     curl = shutil.which("curl")
     return bool(curl) and " OpenSSL/" in subprocess.run([str(curl), "--version"], capture_output=True, text=True,
                                                         stdin=subprocess.DEVNULL, check=False).stdout
@@ -91,7 +91,7 @@ class CommandTest(unittest.TestCase):
         return result.stdout, result.stderr, result.returncode
 
     def test_all(self) -> None:
-        """Each experiment sees and explains what the table says, in the table's order, in lines of 80 columns."""
+        """The experiments print what the tables on the page say, in their order, in lines of 80 columns."""
         stdout, *rest = self.run_it(*COMMAND)
         self.assertEqual(rest, ["", 0])
         self.assertEqual([line for line in stdout.splitlines() if len(line) > 80], [], "wraps in a terminal")
@@ -107,14 +107,14 @@ class CommandTest(unittest.TestCase):
                     self.assertIn(entry, expected(title, told()[group][title]))
 
     def test_words(self) -> None:
-        """Words choose by what begins a word of title or group; all must be there."""
+        """Words choose the experiments that have all of them at the beginning of a word in their title or group."""
         stdout, *rest = self.run_it(*COMMAND, "ca", "NO")
         self.assertEqual(rest, ["", 0])
         self.assertEqual({group: list(entries) for group, entries in printed(stdout).items()},
                          {"CA and chain": ["intermediate CA, chain not sent"]})
 
     def test_errors(self) -> None:
-        """One line that says what is wrong; a reader that has left is nothing wrong."""
+        """One line says what is wrong. Output that nobody reads any more is not an error."""
         groups = ", ".join(told())
         self.assertEqual(self.run_it(*COMMAND, "client", "xyz"), (
             "", f"mistakes: nothing has 'client xyz' in its title or group; groups: {groups}\n", 2))
@@ -145,7 +145,7 @@ REFUSALS = {ssl.TLSVersion.TLSv1_3: "TLSV13_ALERT_CERTIFICATE_REQUIRED",
 
 
 class Wire:
-    """A client and a server in memory, after the client's last flight, which the server has not read yet."""
+    """A client and a server in memory, after the client's last flight, which the server has not read."""
 
     def __init__(self, bench: Bench, version: ssl.TLSVersion, certificate: str | None) -> None:
         self.to_server, to_client = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -158,13 +158,13 @@ class Wire:
                 side.do_handshake()
 
     def waiting(self) -> bytes:
-        """Look at what is on its way to the server."""
+        """The bytes on their way to the server. They stay there."""
         data = self.to_server.read()
         self.to_server.write(data)
         return data
 
     def send_request(self) -> tuple[bytes, list[int]]:
-        """Let the client try to send a request. Returns what leaves it, and the content types of the TLS records."""
+        """Let the client try to send a request. Returns the bytes that it sends, and their records' content types."""
         before = len(self.waiting())
         with contextlib.suppress(ssl.SSLError):
             self.client.write(REQUEST)
@@ -177,7 +177,7 @@ class Wire:
 
 
 class BenchTest(unittest.TestCase):
-    """What keeps some of the mistakes from happening (the server's own tests show the rest); what is on the wire."""
+    """What the experiments rely on, and what a refused request looks like on the wire."""
 
     bench: Bench
 
@@ -186,7 +186,7 @@ class BenchTest(unittest.TestCase):
         cls.bench = Bench(new_folder("bench"))
 
     def test_missing_setting(self) -> None:
-        """One that is not in certs/*.cnf cannot be left out: else an experiment would go on without its mistake."""
+        """A setting that is not in certs/*.cnf cannot be left out: the experiment would not make its mistake."""
         with self.assertRaisesRegex(RuntimeError, "the configuration has no nameConstraints"):
             self.bench.issue("odd", like="server", nameConstraints=None)
 
@@ -209,13 +209,13 @@ class BenchTest(unittest.TestCase):
             self.assertNotIn(wanted, signed)
 
     def test_other_cas(self) -> None:
-        """Who trusts the lab's CA alone refuses impostors, and tells a former CA of the same name by its signature."""
+        """A side that trusts only the lab's CA refuses impostors, and a former CA of the same name by its signature."""
         bench = self.bench
         bench.make_ca("foreign-ca", subject={"CN": "Some Public CA"})
         bench.make_ca("former-ca")
         for like in ("server", "client"):
             bench.issue(f"false-{like}", like=like, ca="foreign-ca")
-        # OpenSSL 3 adds the CA's key identifier unasked, unless told not to; the others know no "none".
+        # OpenSSL 3 adds the CA's key identifier unless told not to. Others do not know "none".
         none = "none" if openssl("version").startswith("OpenSSL 3") else None
         bench.issue("former", like="client", ca="former-ca", authorityKeyIdentifier=none)
         for server, client, seen in (
@@ -227,7 +227,7 @@ class BenchTest(unittest.TestCase):
 
     @unittest.skipUnless(shutil.which("git"), "no git here")
     def test_git(self) -> None:
-        """Git forgets no key."""
+        """Git still has the key after it was removed."""
         mistakes.committed_key(self.bench)
         repository = self.bench.folder / "repository"
         self.assertEqual((self.bench.git("ls-files"), list(repository.glob("certs/*"))), ("", []))
@@ -235,24 +235,24 @@ class BenchTest(unittest.TestCase):
                          (self.bench.folder / "client.key").read_text())
 
     def test_without_certificate(self) -> None:
-        """In TLS 1.3 a request travels in vain: the server refuses unread, and no more is sent; in 1.2 it stays."""
+        """In TLS 1.3 a request is sent, but refused unread, and nothing is sent after that; in 1.2 none is sent."""
         for version, alert in REFUSALS.items():
             with self.subTest(version):
                 wire = Wire(self.bench, version, certificate=None)
                 sent, types = wire.send_request()
                 self.assertEqual(types, [APPLICATION_DATA] if version is ssl.TLSVersion.TLSv1_3 else [])
                 self.assertNotIn(b"stolen", sent)
-                with self.assertRaises(ssl.SSLError) as refusal:
+                with self.assertRaises(ssl.SSLError) as refused:
                     wire.server.do_handshake()
-                self.assertEqual(refusal.exception.reason, "PEER_DID_NOT_RETURN_A_CERTIFICATE")
+                self.assertEqual(refused.exception.reason, "PEER_DID_NOT_RETURN_A_CERTIFICATE")
                 self.assertTrue(wire.waiting().endswith(sent), "the server has read the request")
-                with self.assertRaises(ssl.SSLError) as news:
+                with self.assertRaises(ssl.SSLError) as learned:
                     wire.client.read(1)
-                self.assertEqual(news.exception.reason, alert)
+                self.assertEqual(learned.exception.reason, alert)
                 self.assertNotIn(APPLICATION_DATA, wire.send_request()[1], "sent after the refusal")
 
     def test_with_certificate(self) -> None:
-        """The counterpart: what would be seen if it were sent in TLS 1.2, after the handshake."""
+        """With a certificate the same request is sent and read: the test above would see it."""
         for version in REFUSALS:
             with self.subTest(version):
                 wire = Wire(self.bench, version, certificate="client")

@@ -146,10 +146,10 @@ def meddling(name: str, before: str = ":", after: str = ":") -> dict[str, str]:
 class Run:
     """A run of gen_certs.sh to its end, at umask 022; its keys are of another set than the shared lab's.
 
-    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, what was in certs/ `before`, and the watched
-    openssl's `folder` are known. ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is
-    called; no file can grow beyond ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is
-    all that this showed. More ``options`` are for Popen.
+    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, certs/ `before` it, and the watched openssl's
+    `folder` are known. ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is called; no file
+    can grow beyond ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is all that this
+    showed. More ``options`` are for Popen.
     """
 
     def __init__(self, of: Lab, *arguments: str, at: int = 0, action: str = ":", fast: bool = False,
@@ -352,7 +352,7 @@ class Renewal(GenCertsCase):
         leaves = " ".join(name for name in MADE if not name.startswith("ca."))
         for change, lost in (
             *((f"rm {names}", names) for names in (*pairs, leaves)),
-            ("cp client.csr server.csr; echo junk >client.csr; : >ca.srl", "server.csr client.csr"),
+            ("cp client.csr server.csr; echo junk >client.csr; rm client.key; : >ca.srl", "server.csr client.key"),
         ):
             with self.subTest(change):
                 ready = with_set()
@@ -425,10 +425,9 @@ class Refusals(GenCertsCase):
             (r"gen_certs\.sh: .* at most 64 .*", [("client", "x" * 65), ("renew", "x" * 65)]),
         ):
             for arguments in uses:
-                for locale in ("C",) if arguments[-1].isascii() else ("C", "C.UTF-8"):
-                    with self.subTest(f"gen_certs.sh {shlex.join(arguments)} (LC_ALL={locale})"):
-                        pattern = says.format(all=re.escape(" ".join(arguments)), name=re.escape(arguments[-1]))
-                        self.assert_refused(pattern, ready, *arguments, code=2, env={"LC_ALL": locale})
+                with self.subTest(f"gen_certs.sh {shlex.join(arguments)}"):
+                    pattern = says.format(all=re.escape(" ".join(arguments)), name=re.escape(arguments[-1]))
+                    self.assert_refused(pattern, ready, *arguments, code=2, env={"LC_ALL": "C.UTF-8"})
 
     def test_tools(self) -> None:
         """An openssl that is missing, broken or too old, or nothing to take a lock with."""
@@ -482,8 +481,9 @@ class Refusals(GenCertsCase):
             (renew, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; .* from its key", again),
             (renew, ("echo junk >ca.key", ": >ca.key", "rm ca.key"), f"certs/ca.key {unusable}; .* it; {lost}", anew),
             (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key is not the key of certs/ca.crt; .* {lost}", anew),
-            *((use, (lock.format(key),), f"certs/{key} has a password; remove it", f"openssl rsa -in {path} -out {path}")
-              for use, key, path in ((zoe, "ca.key", "certs/ca.key"), (renew, "server.key", "certs/server.key"))),
+            *((use, (lock.format(key),), f"certs/{key} has a password; remove it",
+               f"openssl rsa -in certs/{key} -out certs/{key}")
+              for use, key in ((zoe, "ca.key"), (renew, "server.key"))),
             (("renew", "mallory"), ("openssl rsa -in mallory.key -outform DER -out x; mv x mallory.key",),
              "certs/mallory.key is in DER form; convert it to PEM",
              "openssl rsa -inform DER -in certs/mallory.key -out certs/mallory.key"),
@@ -922,13 +922,6 @@ class Certificates(unittest.TestCase):
         last = int(file("ca.srl").read_text(encoding="ascii"), 16)
         self.assertEqual([client, alice, last], [server + 1, server + 2, server + 2])
         self.assertNotIn(ca, (server, client, alice))
-
-    def test_purposes(self) -> None:
-        """To the letter of RFC 5280, each does its own job and none does the other's."""
-        for name in ("server", "client", "alice"):
-            for purpose in ("sslserver", "sslclient"):
-                self.assertEqual(agrees("verify", "-x509_strict", "-purpose", purpose, "-CAfile", file("ca.crt"),
-                                        file(f"{name}.crt")), (name == "server") == (purpose == "sslserver"))
 
     def test_pfx(self) -> None:
         """It opens with MTLS_PFX_PASSWORD alone, never shown; it has the client's certificate, key and CA, named."""

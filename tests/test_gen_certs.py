@@ -297,17 +297,17 @@ class WhatItMakes(GenCertsCase):
                                  for name in [*MADE, *(f"alice.{kind}" for kind in KINDS)]})
 
     def test_second_run_replaces_the_set(self) -> None:
-        """It says that the CA is new, names the clients that it has not issued, and how to reissue them."""
+        """It says that the CA is new, names the clients that are not from it, and how to renew them."""
         ready = with_set()
         openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
                 "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")   # not of this lab
         run = self.works(ready)
         self.assert_replaced(run)
         self.assertFalse(verifies(ready, "mallory"))
-        self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\ncerts/mallory\.crt is of the former CA; "
-                                     r"renew it: bash certs/gen_certs\.sh renew mallory\n"
+        self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\n"
+                                     r"certs/mallory\.crt is from the former CA; renew it: .*\.sh renew mallory\n"
                                      r"A running server takes them up by itself\.\nNext: .*\n\Z")
-        self.works(ready, "client", "mallory")
+        self.works(ready, "renew", "mallory")
         self.assertTrue(verifies(ready, "mallory", "client", "server"))
 
     def test_new_client(self) -> None:

@@ -226,11 +226,11 @@ take_leaf() {
 
 made=(ca.srl)   # the files to be moved into place
 
-kind_of() { kind=client; [ "$1" != server ] || kind=server; }
-
-# request NAME: key and CSR, unless they are there.
-request() {
-  kind_of "$1"
+# issue NAME: key, CSR and certificate; a key and a CSR that are there already are used. Signing
+# copies nothing from the CSR: -extensions with -extfile puts SAN and EKU in.
+issue() {
+  local kind=client
+  [ "$1" != server ] || kind=server
   if [ ! -e "certs/$1.key" ]; then
     run genrsa -out "certs/$1.key" 2048
     made+=("$1.key")
@@ -239,12 +239,7 @@ request() {
     run req -new -key "certs/$1.key" -out "certs/$1.csr" -config "certs/$kind.cnf"
     made+=("$1.csr")
   fi
-}
-
-# sign NAME: the certificate. Signing copies nothing from the CSR: SAN and EKU come from the
-# section -extensions of the file -extfile.
-sign() {
-  kind_of "$1"
+  [ "$command:$1" != set:server ] || begin 'server certificate'
   run x509 -req -days 365 -in "certs/$1.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
     -out "certs/$1.crt" -extensions "v3_$kind" -extfile "certs/$kind.cnf"
   made+=("$1.crt")
@@ -333,24 +328,23 @@ if [ "$command" = set ]; then
   begin 'CA certificate'
   run req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf
   made+=(ca.key ca.crt)
-  begin 'server key and CSR'
-  request server
 fi
 
 for leaf in "${leaves[@]}"; do
   case $command:$leaf in
-    set:server | renew:*) begin "$leaf certificate" ;;
+    set:server) begin 'server key and CSR' ;;
+    renew:*) begin "$leaf certificate" ;;
     *) begin "$leaf key, CSR and certificate" ;;
   esac
-  request "$leaf"
-  sign "$leaf"
+  issue "$leaf"
 done
 
 [ -z "$client" ] || { begin PFX; export_pfx "$client"; }
 
 for leaf in "${leaves[@]}"; do
-  kind_of "$leaf"
-  run verify -x509_strict -purpose "ssl$kind" -CAfile certs/ca.crt "certs/$leaf.crt"
+  purpose=sslclient
+  [ "$leaf" != server ] || purpose=sslserver
+  run verify -x509_strict -purpose $purpose -CAfile certs/ca.crt "certs/$leaf.crt"
   printf '%s\n' "$said"   # certs/NAME.crt: OK
 done
 

@@ -29,8 +29,8 @@ REMAKE_CA = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.c
 # In the texts, {make} is how to get the file anew, see make(); {cacert}, {cert}, {file} and the like are paths;
 # {host} and {port} are those of the URL; {words} are OpenSSL's or the system's.
 
-OTHER_CA = ("another CA than {cacert} has issued it: is what listens on port {port} the server of this lab? "
-            "(after gen_certs.sh, it takes up new certificates within a second)")
+OTHER_CA = ("another CA than {cacert} has issued it; is what listens on port {port} this lab's server? "
+            "Right after gen_certs.sh, try again in a second")
 UNNAMED = f"add that name under alt_names in certs/server.cnf if it is not there, and renew the certificate: {RENEW}"
 
 UNTRUSTED = {   # The server's certificate does not verify, by OpenSSL's code for it
@@ -168,7 +168,8 @@ def unusable(error: OSError, cacert: Path, cert: Path | None = None, key: Path |
     """Why the files cannot be used: which one it is, what it holds, what to do. ``error`` is what loading them said."""
     reason = getattr(error, "reason", None)
     misfit = reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
-    if cert and key and (misfit or not key.exists()) and (pair := pair_of(cert, key)):
+    forgotten = key == CERTS / "client.key" and not there(key)   # of --cert alice.crt without --key
+    if cert and key and (misfit or forgotten) and (pair := pair_of(cert, key)):
         return f"{cert} and {key} " + PAIR["other key"].format(pair=pair)
     for option, file in (("--cert", cert), ("--key", key), ("--cacert", cacert)):
         if file is None:
@@ -227,14 +228,14 @@ def make(file: Path) -> str:
     """How to get this certificate or key anew. Never a new CA while anything is left of the former one."""
     if not in_certs(file):
         return "is it the right one? If so, get another from whoever issued it"
-    has_crt, has_key = (CERTS / "ca.crt").exists(), (CERTS / "ca.key").exists()
+    has_crt, has_key = there(CERTS / "ca.crt"), there(CERTS / "ca.key")
     if not has_key and not has_crt:
         return f"make the certificates: {NEW_CA}"
     if not has_key:
         return "copy it from the machine that has ca.key"
     if file.stem == "ca":
         return f"make it again from its key: {REMAKE_CA}"
-    if file.suffix == ".key" and file.exists():
+    if file.suffix == ".key" and there(file):
         return f"move it and make another: mv {quoted(file)} {quoted(file.with_suffix('.old.key'))}; {command(file)}"
     return f"make a new one: {command(file)}"
 
@@ -248,8 +249,8 @@ def command(file: Path) -> str:
     """The command that makes this certificate; renew keeps the key if that is there."""
     if file.stem in ("client", "server"):
         return RENEW
-    there = any(file.with_suffix(ending).exists() for ending in (".crt", ".key"))
-    return f"{RENEW if there else NEW_CA + ' client'} {shlex.quote(file.stem)}"
+    known = there(file.with_suffix(".crt")) or there(file.with_suffix(".key"))
+    return f"{RENEW if known else NEW_CA + ' client'} {shlex.quote(file.stem)}"
 
 
 def in_certs(file: Path) -> bool:
@@ -258,18 +259,22 @@ def in_certs(file: Path) -> bool:
 
 
 def beside(file: Path) -> dict[str, str]:
-    """The paths of other files of that name, by their endings."""
-    return {ending: quoted(file.with_suffix("." + ending.replace("_", "."))) for ending in ("crt", "key", "pem", "plain_key")}
+    """The paths of other files of that name, by their fields in the table."""
+    return {field: quoted(file.with_suffix(ending)) for field, ending in (
+        ("crt", ".crt"), ("key", ".key"), ("pem", ".pem"), ("plain_key", ".plain.key"))}
 
 
 def pair_of(cert: Path, key: Path) -> str | None:
-    """The option that names the other file of a pair where one of these has been forgotten."""
-    if cert == CERTS / "client.crt" and key.with_suffix(".crt").exists():
-        cert = key
-    for option, file, given in (("--key", cert.with_suffix(".key"), key), ("--cert", key.with_suffix(".crt"), cert)):
-        if file != given and file.exists():
-            return f"{option} {quoted(file)}"
-    return None
+    """The option that was forgotten where one of these two was given: it names the other file of the pair."""
+    options = [("--key", cert.with_suffix(".key")), ("--cert", key.with_suffix(".crt"))]
+    if cert == CERTS / "client.crt":   # the default, so it is --key that was given
+        options.reverse()
+    return next((f"{option} {quoted(file)}" for option, file in options if file not in (cert, key) and there(file)), None)
+
+
+def there(file: Path) -> bool:
+    """Whether the file exists, as far as we may know."""
+    return os.access(file, os.F_OK)
 
 
 def authorities(file: Path) -> int | None:

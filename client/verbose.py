@@ -37,7 +37,7 @@ class Handshakes:
                 self.ours = lines("Our certificate (sent if the server asks for one)", decoded_by_peer(cert, key))
             except ssl.SSLError as error:
                 why = getattr(error, "verify_message", None) or error.reason
-                self.ours = [f"Our certificate: {cert} is none to show to a server ({why})"]
+                self.ours = [f"Our certificate: {cert} cannot be shown ({why})"]
         self.shown: list[str] = []
 
     def __call__(self, connection: ssl.SSLSocket | None) -> None:

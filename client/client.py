@@ -65,8 +65,11 @@ def log_secrets(context: ssl.SSLContext, file: str) -> None:
 
 
 def say(text: str) -> None:
-    """One line for -v."""
-    print(f"[CLIENT] {text}", flush=True)
+    """One line for -v. It comes in the middle of a handshake, which must not be blamed if it cannot be printed."""
+    try:
+        print(f"[CLIENT] {text}", flush=True)
+    except OSError:
+        os._exit(1)
 
 
 def fail(problem: str) -> NoReturn:

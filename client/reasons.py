@@ -31,7 +31,7 @@ REMAKE_CA = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.c
 
 OTHER_CA = ("another CA than {cacert} has issued it; is what listens on port {port} this lab's server? "
             "Right after gen_certs.sh, try again in a second")
-UNNAMED = f"add that name under alt_names in certs/server.cnf if it is not there, and renew the certificate: {RENEW}"
+UNNAMED = f"where the server runs, add that name under alt_names in certs/server.cnf if it is not there, then: {RENEW}"
 
 UNTRUSTED = {   # The server's certificate does not verify, by OpenSSL's code for it
     7: OTHER_CA,    # signature failure: a CA of the same name with another key
@@ -121,18 +121,17 @@ def words(error: Exception) -> str:
 
 def explain(error: Exception, url: str, cacert: Path, cert: Path | None = None) -> str:
     """Why there is no answer, and what to do next. ``cert`` is the certificate that we have, if any."""
-    parts = urllib.parse.urlsplit(url)
+    said, parts = words(error), urllib.parse.urlsplit(url)
     port = parts.port or 443
-    facts = {"url": url, "host": parts.hostname, "port": port, "words": words(error), "cacert": quoted(cacert),
+    facts = {"url": url, "host": parts.hostname, "port": port, "words": said, "cacert": quoted(cacert),
              "start": f"{PYTHON} server/server.py" + f" --port {port}" * (port != 8443),
              "cert": cert and quoted(cert), "make": cert and make(cert), "of_its_ca": cert and of_our_ca(cert)}
-    said = words(error)
     if isinstance(error, ssl.SSLCertVerificationError):
         code: int | str = error.verify_code
         if code in (18, 19, 20, 21) and authorities(cacert) == 0:
             code = "no CA"
-        return f"the server's certificate is not trusted: {said}; " + UNTRUSTED.get(
-            code, UNTRUSTED["other"]).format(**facts)
+        step = UNTRUSTED.get(code, UNTRUSTED["other"])
+        return f"the server's certificate is not trusted: {said}; " + step.format(**facts)
     reason = getattr(error, "reason", None) or ""
     if isinstance(error, ssl.SSLError) and "_ALERT_" in reason:
         step = REFUSED.get(said, REFUSED["other"]) if cert else "that is not the alert for a missing certificate"
@@ -185,8 +184,9 @@ def unusable(error: OSError, cacert: Path, cert: Path | None = None, key: Path |
                 file=quoted(file), option=option, make=make(file), **beside(file))
     if key and reason is None:   # "PEM lib", and it is not the certificate
         return f"cannot use {key}: it " + FILES["private key", "private key"].format(make=make(key))
-    return f"{cert or cacert} and {key} " + PAIR["misfit" if misfit else "unusable"].format(
-        words=words(error), make=make(cert or cacert))
+    if cert and key and misfit:   # renew keeps the key
+        return f"{cert} and {key} " + PAIR["misfit"].format(make=make(cert))
+    return f"{cert or cacert} " + PAIR["unusable"].format(words=words(error), make=make(key or cacert))
 
 
 def content(data: bytes) -> list[str]:
@@ -228,11 +228,10 @@ def make(file: Path) -> str:
     """How to get this certificate or key anew. Never a new CA while anything is left of the former one."""
     if not in_certs(file):
         return "is it the right one? If so, get another from whoever issued it"
-    has_crt, has_key = there(CERTS / "ca.crt"), there(CERTS / "ca.key")
-    if not has_key and not has_crt:
+    if not there(CERTS / "ca.key"):
+        if any(there(CERTS / name) for name in ("ca.crt", "server.crt", "client.crt")):
+            return f"copy it from the machine that has ca.key; if none has it, make a new CA and all else: {NEW_CA}"
         return f"make the certificates: {NEW_CA}"
-    if not has_key:
-        return "copy it from the machine that has ca.key"
     if file.stem == "ca":
         return f"make it again from its key: {REMAKE_CA}"
     if file.suffix == ".key" and there(file):
@@ -266,10 +265,12 @@ def beside(file: Path) -> dict[str, str]:
 
 def pair_of(cert: Path, key: Path) -> str | None:
     """The option that was forgotten where one of these two was given: it names the other file of the pair."""
-    options = [("--key", cert.with_suffix(".key")), ("--cert", key.with_suffix(".crt"))]
+    options = [(option, given.with_suffix(ending)) for option, given, ending in (
+        ("--key", cert, ".key"), ("--cert", key, ".crt")) if given.name]
     if cert == CERTS / "client.crt":   # the default, so it is --key that was given
         options.reverse()
-    return next((f"{option} {quoted(file)}" for option, file in options if file not in (cert, key) and there(file)), None)
+    return next((f"{option} {quoted(other)}" for option, other in options
+                 if other not in (cert, key) and there(other)), None)
 
 
 def there(file: Path) -> bool:

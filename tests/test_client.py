@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import re
-import shlex
 import shutil
 import socket
 import socketserver
@@ -262,18 +261,18 @@ class TestOurServer(ClientCase):
     def test_403(self) -> None:
         """A client that is not on the list learns with which name the server must start; then it is served."""
         paths = [str(lab().certs / f"mallory.{ending}") for ending in ("crt", "key")]
-        words = ("HTTP 403: client certificate: CN 'mallory' is not in the allowed list; to admit it, start the server "
-                 "with this name, too: (--allow-cn mtls-client mallory)$")
-        for step, case in (((), Case(CLIENT, words)), (("--allow-cn", "mtls-client", "mallory"), Case(CLIENT, "HTTP 200", 0))):
+        words = "CN 'mallory' is not in the allowed list; to admit it, start .*: --allow-cn mtls-client mallory$"
+        for step, said, code in (((), words, 1), (("--allow-cn", "mtls-client", "mallory"), "HTTP 200", 0)):
             with Server(lab(), *step) as server:
-                self.check([case._replace(arguments=("--url", server.url, "--cert", paths[0], "--key", paths[1]))])
+                self.check([Case(CLIENT, said, code, ("--url", server.url, "--cert", paths[0], "--key", paths[1]))])
 
     def test_output_that_fails(self) -> None:
         """A reader that leaves early or late, a disk that is full: nobody is blamed, least of all the server."""
+        heads = [f"{head} >/dev/null" for head in ("| head -n 1", "-v | head -n 6", "| head -n 15")]
         full = [">/dev/full; [ $? = %d ]"] if Path("/dev/full").exists() else []   # only Linux has it
         with Server(lab()) as server:
             for name, code in ((CLIENT, 1), (NEGATIVE, 2)):
-                for redirection in ("| head -n 1 >/dev/null", "| head -n 15 >/dev/null", *full):
+                for redirection in heads + full:
                     with self.subTest(name, redirection=redirection):
                         command = ["sh", "-c", f'"$1" "$2" --url "$3" {redirection.replace("%d", str(code))}', "sh",
                                    sys.executable, str(lab().root / "client" / f"{name}.py"), server.url]
@@ -309,45 +308,39 @@ class TestStart(ClientCase):
     seconds = 10
 
     def test_files(self) -> None:
-        """Files that are missing or that we may not read. Where there is a CA, none is advised that would replace it."""
+        """Files that are missing or that we may not read. Where there is a CA, no step would replace it."""
         certs = lab().certs
         shutil.copy(certs / "client.key", certs / "locked.key")
         (certs / "locked.key").chmod(0)
-        shutil.copy(certs / "client.crt", certs / "locked.crt")
         # Root may read everything: it becomes nobody, who can reach the files only from inside their folder.
         leave = f"import gettext, locale, os, shutil; os.chdir({str(certs)!r}); os.getuid() or os.setuid(65534)"
         missing, right = r"cannot use .*/{} \(No such file .*\); {}$", r"is this the right path\?"
-        key, secret = ("--cert", "ca.crt", "--key", "locked.key", "--cacert", "ca.crt"), "let yourself read it: chmod u.r "
+        secret = public = "let yourself read it: chmod u.r "
         if os.getuid() == 0:
-            secret = f"it belongs to {certs.owner()}, and a private key stays with its owner"
+            secret, public = f"it belongs to {certs.owner()}, and a private key stays with", "it is no secret$"
         self.check([
             Case(CLIENT, missing.format("bob.crt", "make a new one: bash certs/gen_certs.sh client bob"),
                  arguments=("--cert", str(certs / "bob.crt"), "--key", str(certs / "bob.key"))),
             Case(CLIENT, "client 'b;b'$", arguments=("--key", str(certs / "b;b.key"))),
-            *(Case(CLIENT, missing.format(path.name, right), arguments=(option, str(path), *more))
-              for option, path, *more in (("--cert", Path("/no/such")), ("--cacert", Path("/no/such.crt")))),
-            Case(NEGATIVE, missing.format("such", right), 2, ("--cacert", "/no/such")),
+            *(Case(program, missing.format("such", right), code, (option, "/no/such"))
+              for program, code, option in ((CLIENT, 1, "--cert"), (CLIENT, 1, "--cacert"), (NEGATIVE, 2, "--cacert"))),
             Case(CLIENT, "Is a directory.*right path", arguments=("--cert", str(scratch()))),
             *(Case(CLIENT, "/dev/null: it is empty; is it the right one", arguments=(option, "/dev/null"))
-              for option in ("--cert", "--key", "--cacert")),
+              for option in ("--cert", "--key")),
             Case(NEGATIVE, "/dev/null: it is empty; is it the right one", 2, ("--cacert", "/dev/null")),
-            Case(CLIENT, f"locked.key .*{secret}", 1, key, before=leave),
-            Case(NEGATIVE, f"locked.key .*{'it is no secret' if os.getuid() == 0 else secret}", 2,
-                 ("--cacert", "locked.key"), before=leave),
+            Case(CLIENT, f"locked.key .*{secret}", 1, ("--cert", "ca.crt", "--key", "locked.key"), before=leave),
+            Case(NEGATIVE, f"locked.key .*{public}", 2, ("--cacert", "locked.key"), before=leave),
         ])
 
     def test_nothing_there(self) -> None:
-        """Without certificates or a server, both name the command for it; with a silent server they give up at 10 s."""
+        """Without certificates, both name the command for them; with a silent server they give up at 10 s."""
         empty = Lab("no certificates")
         words = "make the certificates: bash certs/gen_certs.sh$"
         self.check([Case(CLIENT, words), Case(NEGATIVE, words, 2)], lambda case: empty.run(f"client/{case.program}.py"))
-        with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as silent:   # nobody accepts
-            closed.bind(("127.0.0.1", 0))   # bound but not listening: refuses
-            self.check([
-                Case(program, words, code, env={"MTLS_SERVER_PORT": str(there.getsockname()[1])})
-                for program, code in ((CLIENT, 1), (NEGATIVE, 2)) for there, words in (
-                    (closed, r"no server at https://127.0.0.1:([0-9]+)/todo: nothing listens on port \1; start it there"),
-                    (silent, "no answer from https://127.0.0.1:([0-9]+)/todo within 10 s; is port \\1 our server's"))])
+        with socket.create_server(("127.0.0.1", 0)) as silent:   # nobody accepts
+            port = str(silent.getsockname()[1])
+            self.check([Case(program, f"no answer from .*:{port}/todo within 10 s; is port {port} our server's", code,
+                             env={"MTLS_SERVER_PORT": port}) for program, code in ((CLIENT, 1), (NEGATIVE, 2))])
 
     def test_senseless_arguments(self) -> None:
         """URLs that are none, ports that are none, a TASK that is no text: exit 2, with the reason."""
@@ -386,67 +379,69 @@ class TestStart(ClientCase):
 class Trouble(NamedTuple):
     """Something that is wrong in a lab, what client.py says of it, and how the lab is put right."""
 
-    cause: str                            # shell commands in the lab's folder that bring it about
-    words: str                            # what the client says before the step, a regular expression
-    step: str                             # the step: options, or a command
-    arguments: tuple[str, ...] = ()       # the client's
-    then: tuple[str, ...] | None = None   # its arguments after the step, if others
-    serve: bool = False                   # whether the lab has a server of its own, rather than the shared one
+    cause: str                    # shell commands in the lab's folder that bring it about
+    words: str                    # what the client says before the step, a regular expression
+    step: str                     # the step: options, or a command
+    arguments: str = ""           # the client's
+    then: str | None = None       # its arguments after the step, if others
+    serve: bool = False           # whether the lab has a server of its own, rather than the shared one
 
 
 RENEW, NEW_CA = "bash certs/gen_certs.sh renew", "bash certs/gen_certs.sh"
 NEW, MISSING, MISFIT = "; make a new one: ", r" \(No such file or directory\)", "do not belong together; .*: "
-PEM = ("--cert", "certs/client.pem", "--key", "certs/client.pem")
-ALICE, MALLORY = (("--cert", f"certs/{name}.crt", "--key", f"certs/{name}.key") for name in ("alice", "mallory"))
+ALICE, MALLORY, PEM = (f"--cert certs/{pair[0]} --key certs/{pair[1]}" for pair in (
+    ("alice.crt", "alice.key"), ("mallory.crt", "mallory.key"), ("client.pem", "client.pem")))
 TROUBLES = [
     # A file is missing, or is not what it should be
     *(Trouble(f"rm certs/client.{ending}", f"/client.{ending}{MISSING}{NEW}", RENEW) for ending in ("crt", "key")),
     *(Trouble(cause, f"certs/ca.crt.*{words}; make it again from its key: ", "openssl req -new -x509 -days 3650 "
               "-key certs/ca.key -out certs/ca.crt -config certs/ca.cnf") for cause, words in (
         ("rm certs/ca.crt", MISSING), (": >certs/ca.crt", "it is empty"), ("echo x >certs/ca.crt", "no certificate"))),
-    Trouble("rm certs/*.crt certs/*.key", f"/client.crt{MISSING}; make the certificates: ", NEW_CA, serve=True),
+    *(Trouble(cause, f"{MISSING}; {words}: ", NEW_CA, serve=True) for cause, words in (
+        ("rm certs/*.crt certs/*.key", "make the certificates"),
+        ("rm certs/client.key certs/ca.key", "copy it from the machine that has ca.key; if none has it, .*"))),
     Trouble("echo junk >certs/client.crt", "it holds no certificate" + NEW, RENEW),
     Trouble("sed -i.old 5d certs/client.crt", "/client.crt: it is damaged" + NEW, RENEW),
-    *(Trouble(cause, f"/client.key: it {words}; move it and make another: ",
-              "mv certs/client.key certs/client.old.key; " + RENEW, ("--key", "certs/client.key"))
+    *(Trouble(cause, f"/client.key.* {words}; move it and make another: ",
+              "mv certs/client.key certs/client.old.key; " + RENEW, "--cert certs/client.crt --key certs/client.key")
       for cause, words in ((": >certs/client.key", "is empty"), ("sed -i.old 5d certs/client.key", "is damaged"))),
     Trouble("", "alice.crt" + MISSING + NEW, NEW_CA + " client alice", ALICE),
     Trouble("rm certs/mallory.crt", "/mallory.crt" + MISSING + NEW, RENEW + " mallory", MALLORY),
     # Another file than was meant
-    Trouble("", MISFIT, "--key certs/mallory.key", MALLORY[:2]),
-    Trouble("rm certs/client.key", MISFIT, "--key certs/mallory.key", MALLORY[:2]),
-    Trouble("", MISFIT, "--cert certs/mallory.crt", MALLORY[2:]),
+    *(Trouble(cause, MISFIT, "--key certs/mallory.key", MALLORY.split(" --key")[0])
+      for cause in ("", "rm certs/client.key")),
+    Trouble("", MISFIT, "--cert certs/mallory.crt", "--key certs/mallory.key"),
     Trouble("openssl ecparam -name prime256v1 -genkey -noout -out certs/client.key", MISFIT, RENEW),
-    Trouble("", "holds a request, .*: ", "--cert certs/client.crt", ("--cert", "certs/client.csr")),
-    Trouble("", "holds a private key; .*: ", "--cert certs/client.crt", ("--cert", "certs/client.key")),
-    Trouble("", "holds a certificate; .*: ", "--key certs/client.key", ("--key", "certs/client.crt")),
-    Trouble("", "not the certificate of a CA; .*: ", "--cacert certs/ca.crt", ("--cacert", "certs/server.crt")),
+    *(Trouble("", words, step, arguments) for words, step, arguments in (
+        ("holds a request, .*: ", "--cert certs/client.crt", "--cert certs/client.csr"),
+        ("holds a private key; .*: ", "--cert certs/client.crt", "--cert certs/client.key"),
+        ("holds a certificate; .*: ", "--key certs/client.key", "--key certs/client.crt"),
+        ("is not the certificate of a CA; .*: ", "--cacert certs/ca.crt", "--cacert certs/server.crt"))),
     # Another form of file
     Trouble("openssl rsa -aes128 -passout pass:secret -in certs/client.key -out certs/a.key", "has a password; .*: ",
             "(umask 077; openssl rsa -in certs/a.key -out certs/a.plain.key)",
-            ("--key", "certs/a.key"), ("--key", "certs/a.plain.key")),
+            "--key certs/a.key", "--key certs/a.plain.key"),
     Trouble("openssl pkcs12 -export -in certs/client.crt -inkey certs/client.key -certfile certs/ca.crt "
             "-passout pass:secret -out certs/client.pfx", "is a PFX, .*: ",
             "(umask 077; openssl pkcs12 -in certs/client.pfx -clcerts -nodes -out certs/client.pem)",
-            ("--cert", "certs/client.pfx"), PEM),
-    Trouble("openssl x509 -in certs/client.crt -outform DER -out certs/client.der", "holds DER, .*: ",
-            "openssl x509 -inform DER -in certs/client.der -out certs/client.pem", ("--cert", "certs/client.der"), PEM[:2]),
-    Trouble("openssl rsa -in certs/client.key -outform DER -out certs/client.der", "holds DER, .*: ",
-            "(umask 077; openssl rsa -inform DER -in certs/client.der -out certs/client.pem)",
-            ("--key", "certs/client.der"), PEM[2:]),
+            "--cert certs/client.pfx", PEM),
+    Trouble("openssl x509 -in certs/client.crt -outform DER -out certs/a.der", "holds DER, .*: ",
+            "openssl x509 -inform DER -in certs/a.der -out certs/a.pem", "--cert certs/a.der", "--cert certs/a.pem"),
+    Trouble("openssl rsa -in certs/client.key -outform DER -out certs/a.der", "holds DER, .*: ",
+            "(umask 077; openssl rsa -inform DER -in certs/a.der -out certs/a.pem)",
+            "--key certs/a.der", "--key certs/a.pem"),
     # What the server refuses
     Trouble("for e in crt key; do cp certs/expired-client.$e certs/client.$e; done",
             "refused us: certificate expired; .*/client.crt.? has expired" + NEW, RENEW),
-    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key certs', "refused us: unknown ca; it trusts another CA than .*"
-            "/client.crt'?: is it our server. If so, make a new one: ", RENEW),
-    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key .', "refused us: unknown ca; it trusts another CA than the one that "
-            "issued client.crt: .*, make one of its CA: ", NEW_CA + " client NAME",
-            ("--cert", "client.crt", "--key", "client.key"), ALICE),
+    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key certs', "refused us: unknown ca; it trusts another CA than the "
+            "one that issued .*/client.crt'?: is it our server. If so, make a new one: ", RENEW),
+    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key .', "issued client.crt: .*If so, make one of its CA: ",
+            NEW_CA + " client NAME", "--cert client.crt --key client.key", ALICE),
     Trouble("", "unsupported certificate; .*: ", "--cert certs/client.crt --key certs/client.key",
-            ("--cert", "certs/server.crt", "--key", "certs/server.key")),
+            "--cert certs/server.crt --key certs/server.key"),
     # What the client refuses
     Trouble("openssl x509 -req -in certs/server.csr -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial "
-            "-out certs/server.crt", "mismatch, .* for '127.0.0.1'; add that name .*: ", RENEW, serve=True),
+            "-out certs/server.crt", "mismatch, .* for '127.0.0.1'; where .* then: ", RENEW, serve=True),
     Trouble("for e in crt key; do cp certs/expired-server.$e certs/server.$e; done",
             "certificate has expired; renew it where the server runs: ", RENEW, serve=True),
 ]
@@ -477,16 +472,16 @@ class TestNextSteps(ClientCase):
                 shutil.copy(path, own.certs)
         succeed("sh", "-c", trouble.cause or ":", cwd=own.root, env=secret)
 
-        def says(*arguments: str) -> str:
+        def says(arguments: str) -> str:
             with contextlib.ExitStack() as stack:
                 serve = trouble.serve and (own.certs / "server.crt").exists()
                 url = stack.enter_context(Server(own)).url if serve else shared
-                result = run(Case(CLIENT, "", arguments=("--url", url, *arguments)), own.root)
+                result = run(Case(CLIENT, "", arguments=("--url", url, *arguments.split())), own.root)
             return result.stdout + result.stderr
 
-        before = says(*trouble.arguments)
+        before = says(trouble.arguments)
         if trouble.step.startswith("--"):
-            return before, says(*trouble.arguments, *shlex.split(trouble.step))
+            return before, says(f"{trouble.arguments} {trouble.step}")
         # What is asked at a terminal is an option here, and NAME a name.
         command = trouble.step.replace("NAME", "alice")
         for asks in ("rsa", "pkcs12"):
@@ -494,7 +489,7 @@ class TestNextSteps(ClientCase):
         said = succeed("sh", "-c", command, cwd=own.root, env=secret)
         if "umask" in command:
             self.assertEqual((own.root / command.rstrip(")").split()[-1]).stat().st_mode & 0o777, 0o600)
-        return before, f"{said}\n{says(*(trouble.arguments if trouble.then is None else trouble.then))}"
+        return before, f"{said}\n{says(trouble.arguments if trouble.then is None else trouble.then)}"
 
     def test_ports(self) -> None:
         """No server on this port: start one there, or name the port of the one that runs."""
@@ -509,7 +504,8 @@ class TestNextSteps(ClientCase):
                 Case(CLIENT, r"no-such.invalid leads to no address .*: --url https://127.0.0.1:8443/todo$",
                      arguments=("--url", "https://no-such.invalid:1/")),
                 Case(CLIENT, "nothing listens on port 443, .* names none; .*: --url https://127.9.9.9:8443/todo$",
-                     arguments=("--url", "https://127.9.9.9/todo"))])
+                     arguments=("--url", "https://127.9.9.9/todo")),
+                Case(NEGATIVE, "nothing is proved: .*nothing listens on port 443", 2, ("--url", "https://127.9.9.9"))])
 
 
 class TestOtherServers(ClientCase):
@@ -523,7 +519,7 @@ class TestOtherServers(ClientCase):
         issue(lab(), "elsewhere", "/CN=127.0.0.1", "subjectAltName = DNS:localhost")
         issue(lab(), "no-san", "/CN=localhost", "extendedKeyUsage = serverAuth")
         another = "; another CA than .* has issued it; is what listens on port [0-9]+ this lab's server"
-        names = "; add that name under alt_names in certs/server.cnf if it is not there, and renew the certificate: "
+        names = "; where the server runs, add that name under alt_names in certs/server.cnf if it is not there, then: "
         self.check([
             Case(program, f"the server's certificate is not trusted: .*{words}", code,
                  env={"SSL_CERT_FILE": str(other / "ca.crt")},   # what the system trusts is not what we trust
@@ -542,29 +538,30 @@ class TestOtherServers(ClientCase):
         """What both say of other answers; what another client put on the list cannot drive a terminal."""
         no_json, no_answer, too_long = "did not send the JSON", "no HTTP answer", "sent more than 1 MB"
         let_in, in_http = r"HTTP {} .*: let in\.$", "HTTP {} .*: refused, but in HTTP, after TLS had let us in"
-        silent, too_early = "without an alert or a whole answer .*may have refused", "before the server proved who it is"
-        coded, begun = "it uses a transfer coding", "Server began to answer a client without a certificate; only then: {}"
+        silent, too_early = "without an alert or a whole answer .*may have", "before the server proved who it is"
+        coded, begun = "it uses a transfer coding", "Server began to answer a client .*; only then: {}"
         ok, much = b"HTTP/1.1 200 OK\r\n", b"x" * 2 ** 21
         with Server(lab()) as refusing:
             cases: list[tuple[Behaviour, str, int, str]] = [
                 (answers(http("507 Full", b'{"error": "the list\\nis \\u009b31m full"}')),
                  r"HTTP 507: the list is \\u009b31m full", 1, in_http.format(507)),
                 (answers(http("400 Bad", b"<a>\x1b\nmore")), r"HTTP 400: <a>\\u001b$", 1, in_http.format(400)),
-                (answers(http("502 Bad", b"<html>\n<head><title>502 Bad\nGateway</title>")), "HTTP 502: 502 Bad Gateway$", 1,
+                (answers(http("502 Bad", b"<html>\n<title>Bad\nGateway</title>")), "HTTP 502: Bad Gateway$", 1,
                  in_http.format(502)),
                 (answers(http("404 Nowhere")), "HTTP 404: Nowhere", 1, in_http.format(404)),
                 *((answers(http("302 Found", b"", f"Location: {target}")), "HTTP 302", 1, let_in.format(302))
                   for target in (refusing.url, "http://[x/")),
                 *((answers(http("200 OK", body)), no_json, 1, let_in.format(200))
-                  for body in (b"hello", b"[1, 2]", b'"\xff"', b"[" * 100_000, b"[" * 11 + b"]" * 11, b'{"client": NaN}',
-                               b'{"client": 1e999}', b'{"client": "a", "client": "b"}')),
+                  for body in (b"hello", b"[1, 2]", b'"\xff"', b"[" * 100_000, *(
+                      b'{"todos": [%s], "client": "a"}' % todos
+                      for todos in (b"NaN", b"1e999", b'{"a": 1, "a": 1}', b"[" * 9 + b"]" * 9)))),
                 *((answers(ok + head + b"\r\n\r\n" + much), too_long, 1, let_in.format(200))
                   for head in (b"A: b", b"Content-Length: 9999999")),
                 *((answers(ok + b"Transfer-Encoding: %s\r\n\r\n-1\r\n" % coding + much), coded, 1, let_in.format(200))
                   for coding in (b"chunked", b"gzip, chunked")),
                 # What http.client reads line by line has the same limit as a body.
                 *((answers(data), too_long, 1, begun.format(".*more than 1 MB"))
-                  for data in (b"HTTP/1.1 100 Continue\r\n\r\n" * 50_000, ok + (b"A: " + b"b" * 60_000 + b"\r\n") * 90)),
+                  for data in (b"HTTP/1.1 100 Go on\r\n\r\n" * 60_000, ok + (b"A: " + b"b" * 60_000 + b"\r\n") * 90)),
                 (answers(ok + b"A: " + much), no_answer, 1, begun.format(".*header line")),
                 *((answers(ok + b"Content-Length: %d\r\n\r\n{" % length), no_answer, 1, let_in.format(200))
                   for length in (9, 10 ** 18, 10 ** 19)),
@@ -573,7 +570,7 @@ class TestOtherServers(ClientCase):
                 (answers(b"<html>hello"), no_answer, 1, begun.format(".*<html>hello")),   # as HTTP/0.9 did
                 (answers(b"HTTP/2 200\r\n\r\n"), no_answer, 1, begun.format(".*HTTP/2")),
                 (answers(b""), no_answer, 2, silent), (resets, no_answer, 2, silent), (hear, no_answer, 2, silent),
-                (lambda connection: connection.sendall(http("200 OK")), "does not speak TLS .wrong version", 2, "speak TLS"),
+                (lambda connection: connection.sendall(http("200 OK")), "does not speak TLS", 2, "not speak TLS"),
                 *((functools.partial(alerts, code=code), "refused us: ", 2, words)
                   for code, words in ((70, "refused us: protocol version"), (44, "refused us: certificate revoked"),
                                       (116, too_early), (40, too_early))),
@@ -581,8 +578,8 @@ class TestOtherServers(ClientCase):
             self.check([case for server, words, code, words_of_negative in cases for case in (
                 Case(CLIENT, words, server=server), Case(NEGATIVE, words_of_negative, code, server=server))])
         body = b'{"client": "a\\n[CLIENT]\\u001b", "todo": 0, "todos": ["\xc2\x9b31m", "\xe2\x80\xae", "\x7f"]}'
-        self.check([Case(CLIENT, r'as: "a\\n\[CLIENT\]\\u001b"\n[^"]*"client": "a\\n\[CLIENT\]\\u001b"(.*\n)+'
-                                 r' *"\\u009b31m",\n *"\\u202e",\n *"\\u007f"', 0, server=answers(http("200 OK", body)))])
+        shown = r'as: "a\\n\[CLIENT\]\\u001b"\n(.*\n)+ *"\\u009b31m",\n *"\\u202e",\n *"\\u007f"'
+        self.check([Case(CLIENT, shown, 0, server=answers(http("200 OK", body)))])
 
     def test_late_refusals(self) -> None:
         """From a server that has proved who it is: PASS only for the right alert, and before any answer."""
@@ -593,7 +590,7 @@ class TestOtherServers(ClientCase):
         partly = refuses_late(b"HTTP/1.1 200 OK\r\nContent-Le")
         self.check([
             Case(NEGATIVE, "nothing is proved: .*refused us: unknown ca", 2, old, server=refuses_late(forged=48)),
-            Case(NEGATIVE, "nothing is proved: .*refused us: certificate unknown", 2, old, server=refuses_late(forged=46)),
+            Case(NEGATIVE, "nothing is proved: .* us: certificate unknown", 2, old, server=refuses_late(forged=46)),
             Case(NEGATIVE, "PASS", 0, old, server=refuses_late(forged=40)),   # TLS 1.2 cannot tell who sent it
             Case(NEGATIVE, "nothing is proved: .*bad record mac", 2, server=refuses_late()),
             Case(NEGATIVE, "PASS", 0, before=counted, server=refuses_late()),
@@ -604,7 +601,7 @@ class TestOtherServers(ClientCase):
 
     def test_drips(self) -> None:
         """A server that never says its last word: both give up when the whole exchange takes too long."""
-        hello = functools.partial(drip, data=b"\x16\x03\x03\x16\x03")   # the beginning of a long ServerHello
+        hello: Behaviour = functools.partial(drip, data=b"\x16\x03\x03\x16\x03")   # the beginning of a long ServerHello
         begun = [answers(piece, dripping=True) for piece in (
             b"H", b"HTTP/1.1 100 Go on\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: b\r\n")]
         body = answers(b"HTTP/1.1 200 OK\r\n\r\n", dripping=True)

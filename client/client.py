@@ -41,7 +41,7 @@ def tls_context(cert: Path, key: Path, cacert: Path) -> ssl.SSLContext:
     context.load_cert_chain(certfile=cert, keyfile=key, password="")
     # TLS 1.0 and 1.1 are deprecated (RFC 8996).
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # How much an answer may hold is limited below HTTP.
+    # Limits how much a server can make us read.
     context.sslsocket_class = exchange.Connection
     return context
 
@@ -65,7 +65,7 @@ def log_secrets(context: ssl.SSLContext, file: str) -> None:
 
 
 def say(text: str) -> None:
-    """One line for -v. It comes in the middle of a handshake, which must not be blamed if it cannot be printed."""
+    """One line for -v. If it cannot be printed, that must not look like a failure of the handshake around it."""
     try:
         print(f"[CLIENT] {text}", flush=True)
     except OSError:
@@ -142,7 +142,6 @@ def main() -> None:
             log_secrets(context, secrets)
         except OSError as error:
             fail(f"cannot use SSLKEYLOGFILE={secrets} ({error.strerror}); name a new file in a folder of your own")
-
     if arguments.verbose:
         exchange.Connection.show = verbose.Handshakes(say, arguments.cert, arguments.key)
 

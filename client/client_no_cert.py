@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Negative test: a client without a certificate must be refused, by TLS, and for that reason.
 
-Exit 0: refused with the alert for a missing certificate. Exit 1: the server let us in, for it began
-to answer. Exit 2: the test could not be made, so nothing is proved.
+Exit 0: refused with the alert for a missing certificate. Exit 1: the server let us in: it answered,
+or began to. Exit 2: the test could not be made, so nothing is proved.
 
-Read client.py first: here is only what differs.
+Read client.py first; only what differs is explained here.
 """
 
 import argparse
@@ -81,7 +81,7 @@ def no_result(problem: str) -> NoReturn:
 
 
 def no_answer(problem: str) -> NoReturn:
-    """The end of an exchange without a whole answer. If it had begun, the server has let us in; exit 1, else 2."""
+    """There is no complete answer. If one had begun, the server has let us in: FAIL, exit 1. Otherwise exit 2."""
     if exchange.Connection.received:
         report(f"FAIL: Server began to answer a client without a certificate; only then: {exchange.one_line(problem)}")
         sys.exit(1)
@@ -89,8 +89,10 @@ def no_answer(problem: str) -> NoReturn:
 
 
 def judge(error: Exception, url: str, cacert: Path) -> NoReturn:
-    """PASS for the alert that means a missing certificate, before any answer."""
-    if isinstance(error, ssl.SSLError) and error.reason in REFUSALS and not exchange.Connection.received:
+    """PASS for the alert that means a missing certificate, if nothing of an answer came before it."""
+    if isinstance(error, ssl.SSLError) and error.reason in REFUSALS:
+        if exchange.Connection.received:
+            no_answer(reasons.words(error))
         report("Connection rejected as expected.")
         report(f"Error: {error.args[-1]}")
         report("PASS: Server correctly refused unauthenticated client.")

@@ -1,7 +1,7 @@
-"""What the two clients have in common: one HTTPS request within limits, and how what comes back is read and shown.
+"""What the two clients have in common: one HTTPS request within limits, and how the answer is read and shown.
 
-Who is trusted, and who we say we are, is not decided here but by the context that they bring. What they say when
-it fails stands in reasons.py.
+Which server is trusted, and which certificate is presented, is decided by the context that a client passes in.
+What a client says when a request fails is in reasons.py.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class TooMuch(OSError):
 
 
 class Connection(ssl.SSLSocket):
-    """A TLS connection that counts what it receives, and stops at MAX_ANSWER.
+    """A TLS connection that counts the bytes it receives, and stops at MAX_ANSWER.
 
-    Python makes it in place of an ssl.SSLSocket for a context whose ``sslsocket_class`` it is. Here, below
-    http.client, one limit covers all that a server can send without end: 100 Continue, headers, chunks, a body.
+    A context with this class as its ``sslsocket_class`` creates it instead of an ssl.SSLSocket. Below http.client,
+    one limit covers everything that a server could send without end: 100 Continue, headers, chunks, a body.
     """
 
-    received: ClassVar[int] = 0   # bytes, decrypted. The class's own: a client has one exchange at a time
+    received: ClassVar[int] = 0   # bytes, decrypted. It belongs to the class: a client has one exchange at a time
     show: ClassVar[Callable[[ssl.SSLSocket | None], None]] = staticmethod(lambda _: None)
     """Called when the handshake ends, with None if it has failed: for -v."""
 
@@ -93,7 +93,7 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
         except SystemExit as end:   # it would end this thread only, not the one that waits for the server
             os._exit(int(end.code or 0))
 
-    # A socket's timeout begins anew with each byte: with one every few seconds, we would wait for ever.
+    # A socket's timeout starts again with each byte: with one every few seconds, we would wait for ever.
     timer = threading.Timer(EXCHANGE, out_of_time)
     timer.start()
     Connection.received = 0
@@ -108,7 +108,7 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
 
 def read(answer: http.client.HTTPResponse) -> bytes:
     """The whole body of an answer. Raises OSError or http.client.HTTPException."""
-    if "Transfer-Encoding" in answer.headers:   # http.client reads a chunk of -1 bytes, and more that is none
+    if "Transfer-Encoding" in answer.headers:   # http.client takes much that is no chunk for one
         raise http.client.HTTPException("it uses a transfer coding, which our server never does")
     body = answer.read(MAX_ANSWER)   # with a limit it reserves no more, whatever Content-Length says,
     if answer.length:                # but does not say that the end is missing

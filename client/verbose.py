@@ -1,7 +1,7 @@
-"""What -v shows: what the two sides agreed on in the handshake, and the certificates.
+"""What -v shows: what the two sides agreed on in the handshake, and both certificates.
 
-exchange.Connection calls `Handshakes` when its handshake ends. In TLS 1.3 that is before the server has
-looked at our certificate, so these lines stand before a refusal; in TLS 1.2 a refusal ends the handshake.
+exchange.Connection calls `Handshakes` when its handshake ends. In TLS 1.3 that is before the server has looked at
+our certificate, so these lines come before a refusal; in TLS 1.2 a refusal ends the handshake, and they are missing.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Handshakes:
         if cert and key:
             try:
                 self.ours = lines("Our certificate (sent if the server asks for one)", decoded_by_peer(cert, key))
-            except ssl.SSLError as error:
-                why = getattr(error, "verify_message", None) or error.reason
+            except OSError as error:   # it is not for clients, for example
+                why = getattr(error, "verify_message", None) or error
                 self.ours = [f"Our certificate: {cert} cannot be shown ({why})"]
         self.shown: list[str] = []
 
@@ -58,7 +58,7 @@ class Handshakes:
 
 
 def lines(title: str, connection: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
-    """What the certificate of this connection's peer says, in lines that are yet to be escaped."""
+    """What the certificate of this connection's peer says. The lines are not escaped yet."""
     try:
         certificate: dict[str, Any] = connection.getpeercert() or {}
     except (OSError, ValueError):   # verified, but its names are in no known form
@@ -79,13 +79,13 @@ def lines(title: str, connection: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
 
 
 def decoded_by_peer(cert: Path, key: Path) -> ssl.SSLObject:
-    """A peer that has our certificate, and so can decode it. Raises ssl.SSLError.
+    """A peer to which we have shown our certificate. Raises OSError (ssl.SSLError is one).
 
-    Python decodes only what a peer has shown and what verifies. So this is a handshake in memory, whose server
-    trusts exactly this certificate.
+    Python decodes a certificate only for the peer that has verified it. So this is a handshake in memory, with a
+    server that trusts exactly this certificate.
     """
     client, server = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE   # the server here is we ourselves
+    client.check_hostname, client.verify_mode = False, ssl.CERT_NONE   # this server is ourselves
     server.verify_mode = ssl.CERT_REQUIRED
     server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME   # one that has expired is shown as well
     server.load_verify_locations(cert)
@@ -93,7 +93,7 @@ def decoded_by_peer(cert: Path, key: Path) -> ssl.SSLObject:
         context.load_cert_chain(cert, key, password="")
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     ours, peer = client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)
-    for side in (ours, peer, ours, peer):
+    for side in (ours, peer) * 3:   # two turns of each, or three if the first hello must be repeated
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
     return peer

@@ -29,8 +29,8 @@ REMAKE_CA = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.c
 # In the texts, {make} is how to get the file anew, see MAKE; {cacert}, {cert}, {file} and the like are paths;
 # {host} and {port} are those of the URL; {words} are OpenSSL's or the system's.
 
-OTHER_CA = ("it was not issued by the CA in {cacert}; make sure that what listens on port {port} is the server of this "
-            "certs/; right after gen_certs.sh, try again in a second")
+OTHER_CA = ("it was not issued by the CA in {cacert}; make sure that the server on port {port} uses the same certs/ "
+            "(right after gen_certs.sh, try again in a second)")
 UNNAMED = f"where the server runs, add that name under alt_names in certs/server.cnf if it is not there, then: {RENEW}"
 
 UNTRUSTED = {   # The server's certificate does not verify, by OpenSSL's code for it

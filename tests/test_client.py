@@ -256,7 +256,7 @@ class TestOurServer(ClientCase):
                      ("--verbose", "--url", server.url, *serving)),
                 Case(NEGATIVE, rf"{of_server}.*Our certificate: none\n\[NEGATIVE TEST\] Connection rejected", 0,
                      ("-v", "--url", server.url)),
-                Case(NEGATIVE, "TLS: the handshake did not come to its end\n.*rejected as expected", 0,
+                Case(NEGATIVE, "TLS: the handshake did not complete\n.*rejected as expected", 0,
                      ("-v", "--url", server.url, "--tls-max", "1.2"))])
 
     def test_output_that_fails(self) -> None:
@@ -516,7 +516,7 @@ class TestOtherServers(ClientCase):
         issue(lab(), "early", "/CN=s", host, "20440101000000Z", "20450101000000Z")
         issue(lab(), "elsewhere", "/CN=127.0.0.1", "subjectAltName = DNS:localhost")
         issue(lab(), "no-san", "/CN=localhost", "extendedKeyUsage = serverAuth")
-        another = "; it was not issued by the CA in .*; make sure that what listens on port [0-9]+ is"
+        another = "; it was not issued by the CA in .*; make sure that the server on port [0-9]+ uses the same"
         names = "; where the server runs, add that name under alt_names in certs/server.cnf if it is not there, then: "
         self.check([
             Case(program, f"the server's certificate is not trusted: .*{words}", code,

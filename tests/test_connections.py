@@ -1,4 +1,4 @@
-"""The server's connections (server/connections.py, event_loop.py): it ends what waits too long, and serves the others."""
+"""The connections of the server (connections.py, event_loop.py): what waits too long ends, and the others are served."""
 
 from __future__ import annotations
 

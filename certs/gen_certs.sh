@@ -121,10 +121,12 @@ try() { said=$(exec 9>&-; exec "$@" 2>&1); }   # 9, the lock: no child may hold 
 run() { try openssl "$@" || give_up "${!#}"; }
 about() { openssl "$@" 2>/dev/null 9>&- | tr -d '\r'; }   # \r: a Windows openssl ends lines with it
 
-# give_up LAST: LAST is the last argument of the command that failed; if it reads a .cnf, that one.
+# give_up LAST: LAST is the last argument of the command that failed: the .cnf if it reads one.
 give_up() {
   printf '%s\n' "$said" >&2
-  case $1:$said in *.cnf:*[Cc]onfig* | *.cnf:*extension*) unchanged="$unchanged; correct $1, as openssl says above" ;; esac
+  case $1:$said in *.cnf:*[Cc]onfig* | *.cnf:*extension*)
+    unchanged="$unchanged; correct $1, as openssl says above" ;;
+  esac
   fail "failed at $step; $unchanged"
 }
 
@@ -154,23 +156,22 @@ done
 
 is_there() { [ -e "$certs/$1" ]; }
 
-# One $(...) a command: if a signal comes between two of them, bash 5.2 fails to read its own trap.
-
-# fits x509|req FILE KEY: whether the certificate or CSR is that of the key.
+# fits x509|req FILE KEY: whether the certificate or CSR is that of the key. (Not both $(...) in
+# one command: bash 5.2 cannot run a trap between them.)
 fits() {
   local public
   public=$(about "$1" -noout -pubkey -in "certs/$2") || :
   [ "$public" = "$(about pkey -pubout -in "certs/$3")" ]
 }
 
-# of_lab FILE: whether its issuer has the name of our CA, be it the present or a former one.
+# of_lab FILE: whether its issuer has our CA's name, be it the present CA or a former one.
 of_lab() {
   local ca
   ca=$(about x509 -noout -subject_hash -in "$certs/ca.crt") || :
   [ "$ca" = "$(about x509 -noout -issuer_hash -in "$1")" ]
 }
 
-# of_former_ca FILE: whether a former CA issued it: the present one does not vouch for it.
+# of_former_ca FILE: whether it is of this lab, but the present CA does not vouch for it.
 of_former_ca() { of_lab "$1" && ! try openssl verify -CAfile "$certs/ca.crt" "$1"; }
 
 # take_key FILE STEP: STEP is what helps if it is no key.
@@ -187,10 +188,12 @@ take_key() {
   fail "$key holds no private key in PEM form; $2"
 }
 
-# take_ca: a CA certificate can be made again from the key, and what it issued goes on working.
+# take_ca: if the CA's certificate is lost, its key can make it again, and all that it has issued
+# stays valid. If the key is lost, a new CA is all that helps.
 take_ca() {
-  local lost='if you cannot, make a new CA and all certificates: bash certs/gen_certs.sh' again='make it again from its key:'
-  again="$again openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
+  local lost='if you cannot, make a new CA and all certificates: bash certs/gen_certs.sh'
+  local again='make it again from its key: openssl req -new -x509 -days 3650 -key certs/ca.key'
+  again="$again -out certs/ca.crt -config certs/ca.cnf"
   is_there ca.crt || is_there ca.key || fail 'there is no CA yet; make it first: bash certs/gen_certs.sh'
   is_there ca.key || fail "certs/ca.key is missing; restore it; $lost"
   take_key ca.key "restore it; $lost"
@@ -198,8 +201,9 @@ take_ca() {
   take ca.crt
   if ! grep -q 'BEGIN.* CERTIFICATE-----' certs/ca.crt || ! try openssl x509 -noout -in certs/ca.crt; then
     fail "certs/ca.crt holds no certificate in PEM form; $again"
-  elif ! fits x509 ca.crt ca.key; then   # with two CAs in it, openssl signs with the first
-    [ "$(grep -c BEGIN certs/ca.crt)" = 1 ] || fail 'the certificate of certs/ca.key must be the first in certs/ca.crt; move it to the top'
+  elif ! fits x509 ca.crt ca.key; then   # of two CAs in it, openssl signs with the first
+    [ "$(grep -c BEGIN certs/ca.crt)" = 1 ] ||
+      fail 'the first certificate in certs/ca.crt is not that of certs/ca.key; move that one to the top'
     fail "certs/ca.key is not the key of certs/ca.crt; restore the one that is wrong; $lost"
   fi
   try openssl x509 -noout -checkend 0 -in certs/ca.crt || fail "certs/ca.crt has expired; $again"
@@ -207,10 +211,10 @@ take_ca() {
   grep -qs '^[0-9A-F]' certs/ca.srl || rm -f certs/ca.srl   # openssl makes one if there is none
 }
 
-# take_leaf NAME: key and CSR, where they are there and belong together. The certificate is going to be replaced.
+# take_leaf NAME: its key and its CSR, if they are there and belong together.
 take_leaf() {
   [ -z "$(about x509 -noout -subject -in "$certs/$1.crt")" ] || of_lab "$certs/$1.crt" ||
-    fail "certs/$1.crt is not of this lab's CA; to have one that is, move it: mv certs/$1.crt certs/$1.old.crt"
+    fail "certs/$1.crt is not from this lab's CA; to replace it, first move it: mv certs/$1.crt certs/$1.old.crt"
   ! is_there "$1.key" || take_key "$1.key" "for a new one, move it: mv certs/$1.key certs/$1.old.key"
   if is_there "$1.csr" && is_there "$1.key"; then
     take "$1.csr"
@@ -222,17 +226,19 @@ take_leaf() {
 
 made=(ca.srl)   # the files to be moved into place
 
-kind=   # client or server
 kind_of() { kind=client; [ "$1" != server ] || kind=server; }
 
 # request NAME: key and CSR, unless they are there.
 request() {
   kind_of "$1"
-  [ -e "certs/$1.key" ] || { run genrsa -out "certs/$1.key" 2048; made+=("$1.key"); }
-  [ -e "certs/$1.csr" ] || {
+  if [ ! -e "certs/$1.key" ]; then
+    run genrsa -out "certs/$1.key" 2048
+    made+=("$1.key")
+  fi
+  if [ ! -e "certs/$1.csr" ]; then
     run req -new -key "certs/$1.key" -out "certs/$1.csr" -config "certs/$kind.cnf"
     made+=("$1.csr")
-  }
+  fi
 }
 
 # sign NAME: the certificate. Signing copies nothing from the CSR: SAN and EKU come from the
@@ -296,7 +302,7 @@ install() {
   done
   if ! try mv -f "${made[@]/#/certs/}" "$certs/"; then
     (cd "$certs" && rm -f "${made[@]}")
-    fail "cannot write in $certs: ${said##*: }; $unchanged"
+    fail "cannot write in certs/: ${said##*: }; $unchanged"
   fi
   mv old replaced   # nothing to put back any more
 }
@@ -371,12 +377,15 @@ row() {
   about x509 -noout -enddate -in "$certs/$1.crt" | sed 's/notAfter=/valid until /' || echo
 }
 
-# client_names: the CNs of all clients in certs/ that the CA vouches for, client.crt's first.
+# client_names: the CNs of all clients of this CA, client.crt's first.
 client_names() {
   local file cn names=
   while read -r file; do
     cn=$(printf %q "$(common_name "${file%.crt}")")
-    case "$file $names " in ./ca.crt* | *" $cn "*) ;; *) names="$names $cn" ;; esac   # to LibreSSL, a CA is a client, too
+    case "$file $names " in   # LibreSSL takes the CA for a client
+      ./ca.crt* | *" $cn "*) ;;
+      *) names="$names $cn" ;;
+    esac
   done < <(cd "$certs" && about verify -purpose sslclient -CAfile ca.crt client.crt ./*.crt | sed -n 's/: OK$//p')
   printf '%s\n' "$names"
 }
@@ -393,7 +402,7 @@ if [ -e replaced/ca.crt ]; then
   for file in "$certs"/*.crt; do
     other=${file##*/} other=${other%.crt}
     ! of_former_ca "$file" ||
-      printf 'certs/%s.crt is of the former CA; reissue it: bash certs/gen_certs.sh client %s\n' "$other" "$other"
+      printf 'certs/%s.crt is of the former CA; renew it: bash certs/gen_certs.sh renew %s\n' "$other" "$other"
   done
 fi
 [ ! -e replaced/server.crt ] || printf 'A running server takes them up by itself.\n'

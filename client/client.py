@@ -21,13 +21,13 @@ if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error
     sys.exit(f"client.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 import exchange  # needs the newer Python itself
+import reasons
+import verbose
 from exchange import CERTS, printable
-
-MAX_ANSWER = 1024 ** 2   # bytes
 
 
 def tls_context(cert: Path, key: Path, cacert: Path) -> ssl.SSLContext:
-    """The client's side of mutual TLS. Raises ssl.SSLError if the files cannot be used."""
+    """The client's side of mutual TLS. Raises OSError (ssl.SSLError is one) if the files cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # ① Verify the server against our own CA only. With the system's trust store, a certificate
     #    from any public CA for the same name would do.
@@ -41,6 +41,8 @@ def tls_context(cert: Path, key: Path, cacert: Path) -> ssl.SSLContext:
     context.load_cert_chain(certfile=cert, keyfile=key, password="")
     # TLS 1.0 and 1.1 are deprecated (RFC 8996).
     context.minimum_version = ssl.TLSVersion.TLSv1_2
+    # Limits how much a server can make us read.
+    context.sslsocket_class = exchange.Connection
     return context
 
 
@@ -62,47 +64,37 @@ def log_secrets(context: ssl.SSLContext, file: str) -> None:
     context.keylog_filename = file
 
 
+def say(text: str) -> None:
+    """One line for -v. If it cannot be printed, that must not look like a failure of the handshake around it."""
+    try:
+        print(f"[CLIENT] {text}", flush=True)
+    except OSError:
+        os._exit(1)
+
+
 def fail(problem: str) -> NoReturn:
     """One line on stderr that says what is wrong and what to do; exit 1."""
     print(f"[CLIENT] ERROR: {exchange.one_line(problem)}", file=sys.stderr)
     sys.exit(1)
 
 
-def ask(context: ssl.SSLContext, url: str, item: dict[str, Any] | None = None) -> tuple[int, Any]:
+def ask(context: ssl.SSLContext, arguments: argparse.Namespace, item: dict[str, Any] | None = None) -> tuple[int, Any]:
     """POST ``item`` as JSON, or GET if there is none; returns the status and the decoded answer.
 
     ValueError (RecursionError if nested too deep) if it is no JSON. Fails if there is no answer, or an error.
     """
-    request = urllib.request.Request(url)
+    request = urllib.request.Request(arguments.url)
     if item is not None:
         request.data = json.dumps(item, ensure_ascii=False).encode()
         request.add_header("Content-Type", "application/json")
     try:
         with exchange.answer(context, request, fail) as answer:
-            body = answer.read(MAX_ANSWER + 1)   # reserves no more, whatever Content-Length says
-            if len(body) > MAX_ANSWER:
-                fail(f"{url} sent more than 1 MB; is it our server? If so, its list is too long: restart it")
-            if answer.length:   # of which read() with a limit says nothing
-                raise http.client.IncompleteRead(body, answer.length)
+            body = exchange.read(answer)
     except (OSError, http.client.HTTPException) as error:
-        if isinstance(error, ssl.SSLError) and "ALERT" in (error.reason or ""):
-            fail(f"the server refused us: {error.args[-1]}; "
-                 "is our certificate signed by the CA that it trusts, for clients, and not expired?")
-        fail(exchange.explain(error, url))
+        fail(reasons.explain(error, arguments.url, arguments.cacert, arguments.cert))
     if not 200 <= answer.status < 300:
-        fail(f"the server answered HTTP {answer.status}: {reason(answer, body)}")
-    return answer.status, json.loads(body.decode())
-
-
-def reason(answer: http.client.HTTPResponse, body: bytes) -> str:
-    """What an error answer says of itself, and what to do if we know it."""
-    try:
-        text = str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):   # not the JSON of our server
-        text = body[:500].decode(errors="replace") or answer.reason
-    if answer.status == 403:
-        text += "; if it should be, start the server with --allow-cn and all its names"
-    return text
+        fail(f"the server answered HTTP {answer.status}: {reasons.of_answer(answer.status, answer.reason, body)}")
+    return answer.status, exchange.decode(body)
 
 
 def listing(reply: dict[str, Any]) -> str:
@@ -118,6 +110,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("task", nargs="?", metavar="TASK", default="Añadir endpoint POST",
                         help="the task to create (default %(default)s)")
     exchange.add_url_argument(parser)
+    verbose.add_argument(parser)
     parser.add_argument("--cert", type=Path, default=CERTS / "client.crt", metavar="FILE",
                         help="our certificate (default certs/client.crt)")
     parser.add_argument("--key", type=Path, default=CERTS / "client.key", metavar="FILE",
@@ -127,6 +120,8 @@ def parse_arguments() -> argparse.Namespace:
     arguments = parser.parse_args()
     if any("\ud800" <= c <= "\udfff" for c in arguments.task):   # how Python shows bytes that it cannot decode
         parser.error("argument TASK: is no valid text in this terminal's encoding")
+    if arguments.task.endswith((".key", ".crt", ".pem", ".pfx")) and os.access(arguments.task, os.F_OK):
+        parser.error(f"argument TASK: is the file {arguments.task}; name its option, such as --key")
     arguments.url = arguments.url or exchange.default_url(parser)
     return arguments
 
@@ -137,41 +132,36 @@ def main() -> None:
         if stream:   # not closed
             stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # where ñ cannot be shown
     arguments = parse_arguments()
-    url = arguments.url
-    for file in (arguments.cert, arguments.key, arguments.cacert):
-        try:
-            file.read_bytes()   # ssl would not say which file it is
-        except OSError as error:
-            fail(exchange.unusable(file, error, ours=file != arguments.cacert))
     try:
         context = tls_context(arguments.cert, arguments.key, arguments.cacert)
-    except ssl.SSLError as error:
-        fail(f"these certificate files are damaged or do not fit together: {error.args[-1]}; give the key that "
-             "belongs to the certificate, or make another pair: bash certs/gen_certs.sh client NAME")
+    except OSError as error:
+        fail(reasons.unusable(error, arguments.cacert, arguments.cert, arguments.key))
     secrets = os.environ.get("SSLKEYLOGFILE")
     if secrets:
         try:
             log_secrets(context, secrets)
         except OSError as error:
             fail(f"cannot use SSLKEYLOGFILE={secrets} ({error.strerror}); name a new file in a folder of your own")
+    if arguments.verbose:
+        exchange.Connection.show = verbose.Handshakes(say, arguments.cert, arguments.key)
 
-    print(f"[CLIENT] Connecting to {url}")
+    print(f"[CLIENT] Connecting to {arguments.url}")
     print(f"[CLIENT] Client cert: {arguments.cert.name}")
     print(f"[CLIENT] CA trust: {arguments.cacert.name}")
     try:
         print("[CLIENT] Creating new TODO with POST /todo ...", flush=True)
-        status, reply = ask(context, url, {"task": arguments.task, "done": False})
+        status, reply = ask(context, arguments, {"task": arguments.task, "done": False})
         print(f"[CLIENT] POST response (HTTP {status}):")
-        print(printable(json.dumps(reply, indent=2, ensure_ascii=False)))
+        print(printable(json.dumps(reply, indent=2, ensure_ascii=False), keep="\n"))
 
         print("[CLIENT] Fetching TODO list with GET /todo ...", flush=True)
-        status, reply = ask(context, url)
+        status, reply = ask(context, arguments)
         shown = listing(reply)
         print(f"[CLIENT] Authenticated as: \"{printable(reply['client'])}\"")
         print(f"[CLIENT] Response (HTTP {status}):")
-        print(printable(shown), flush=True)   # here its failure is still ours to handle
+        print(printable(shown, keep="\n"), flush=True)   # here its failure is still ours to handle
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{url} did not send the JSON that our server sends: {error!r}; is it our server?")
+        fail(f"{arguments.url} did not send the JSON that our server sends: {error!r}; is it our server?")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,10 @@
 #!/usr/bin/env python3
 """Negative test: a client without a certificate must be refused, by TLS, and for that reason.
 
-Exit 0: refused with the alert for a missing certificate. Exit 1: the server let us in as far as
-HTTP. Exit 2: the test could not be made, so nothing is proved.
+Exit 0: refused with the alert for a missing certificate. Exit 1: the server let us in: it answered,
+or began to. Exit 2: the test could not be made, so nothing is proved.
+
+Read client.py first; only what differs is explained here.
 """
 
 import argparse
@@ -12,12 +14,14 @@ import ssl
 import sys
 import urllib.request
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import NoReturn
 
 if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error from whatever is missing first
     sys.exit(f"client_no_cert.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 import exchange  # needs the newer Python itself
+import reasons
+import verbose
 from exchange import CERTS
 
 REFUSALS = {
@@ -31,7 +35,7 @@ REFUSALS = {
 
 
 def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
-    """A client's context without a certificate. Raises ssl.SSLError on a bad ``cacert``."""
+    """A client's context without a certificate. Raises OSError (ssl.SSLError is one) on a bad ``cacert``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # The server is verified as always: a refusal by some other server would prove nothing.
     context.load_verify_locations(cafile=cacert)
@@ -43,45 +47,31 @@ def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
     return context
 
 
-class LetIn(Exception):
-    """The server had begun to answer us before it refused us."""
-
-
-class Connection(ssl.SSLSocket):
-    """Believes a refusal only after the server has proved who it is, and only if it comes before any answer.
+class Connection(exchange.Connection):
+    """Believes a refusal only after the server has proved who it is.
 
     The alert is protected in TLS 1.3. In TLS 1.2 it is not: a man in the middle who lets the server
-    prove who it is can then send the alert himself. Whoever must exclude that takes TLS 1.3.
+    prove who it is can then forge the alert. To exclude that, use TLS 1.3.
     """
 
-    answered = False
-
-    def do_handshake(self, *args: Any) -> None:
+    def do_handshake(self, block: bool = False) -> None:
         """The handshake; ConnectionError for a refusal that comes too early to count."""
         try:
-            super().do_handshake(*args)
+            super().do_handshake(block)
         except ssl.SSLError as error:
             # Anyone can answer our first bytes with an alert. We send our Finished only after we have
             # verified the server, and only then is there a "tls-unique" value to ask for.
             if error.reason in REFUSALS and self.get_channel_binding("tls-unique") is None:
-                raise ConnectionError(f"{error.args[-1]}, before the server proved who it is") from None
+                raise ConnectionError(f"{reasons.words(error)}, before the server proved who it is") from None
             raise
-
-    def recv_into(self, *args: Any, **kwargs: Any) -> int:
-        """Read; LetIn for a refusal that comes too late."""
-        try:
-            received = super().recv_into(*args, **kwargs)
-        except ssl.SSLError as error:
-            if error.reason in REFUSALS and self.answered:
-                raise LetIn from error
-            raise
-        self.answered = self.answered or received > 0
-        return received
 
 
 def report(text: str) -> None:
     """One line of the test's report."""
-    print(f"[NEGATIVE TEST] {text}", flush=True)
+    try:
+        print(f"[NEGATIVE TEST] {exchange.printable(text)}", flush=True)
+    except OSError:   # nobody has read a verdict
+        os._exit(2)
 
 
 def no_result(problem: str) -> NoReturn:
@@ -90,24 +80,35 @@ def no_result(problem: str) -> NoReturn:
     sys.exit(2)
 
 
-def judge(error: Exception, url: str) -> NoReturn:
-    """PASS for the alert that means a missing certificate; anything else is no result."""
+def no_answer(problem: str) -> NoReturn:
+    """There is no complete answer. If one had begun, the server has let us in: FAIL, exit 1. Otherwise exit 2."""
+    if exchange.Connection.received:
+        report(f"FAIL: Server began to answer a client without a certificate; only then: {exchange.one_line(problem)}")
+        sys.exit(1)
+    no_result(f"nothing is proved: {problem}")
+
+
+def judge(error: Exception, url: str, cacert: Path) -> NoReturn:
+    """PASS for the alert that means a missing certificate, if nothing of an answer came before it."""
     if isinstance(error, ssl.SSLError) and error.reason in REFUSALS:
+        if exchange.Connection.received:
+            no_answer(reasons.words(error))
         report("Connection rejected as expected.")
         report(f"Error: {error.args[-1]}")
         report("PASS: Server correctly refused unauthenticated client.")
         sys.exit(0)
     if isinstance(error, (ssl.SSLEOFError, ssl.SSLZeroReturnError, ConnectionResetError, ConnectionAbortedError,
                           BrokenPipeError)):
-        no_result(f"{url} ended the connection without an alert or an answer ({error}); "
-                  "it may have refused us without saying why, so nothing is proved")
-    no_result(f"nothing is proved: {exchange.explain(error, url)}")
+        no_answer(f"{url} ended the connection without an alert or a whole answer ({reasons.words(error)}); "
+                  "it may have refused us without saying why: see its log")
+    no_answer(reasons.explain(error, url, cacert))
 
 
 def main() -> None:
     """Try to GET without a certificate, and judge how that ends."""
     parser = argparse.ArgumentParser(description="Negative test: connect to the mTLS server without a certificate.")
     exchange.add_url_argument(parser)
+    verbose.add_argument(parser)
     parser.add_argument("--cacert", type=Path, default=CERTS / "ca.crt", metavar="FILE",
                         help="the CA that we trust (default certs/ca.crt)")
     parser.add_argument("--tls-max", choices=["1.2", "1.3"], default="1.3",
@@ -115,23 +116,19 @@ def main() -> None:
     arguments = parser.parse_args()
     url = arguments.url or exchange.default_url(parser)
     try:
-        arguments.cacert.read_bytes()   # ssl would not say which file it is
         context = tls_context(arguments.cacert, arguments.tls_max)
-    except ssl.SSLError as error:
-        no_result(f"{arguments.cacert} holds no certificate that can be used: {error.args[-1]}; is it the right file?")
     except OSError as error:
-        no_result(exchange.unusable(arguments.cacert, error, ours=False))
+        no_result(reasons.unusable(error, arguments.cacert))
+    if arguments.verbose:
+        exchange.Connection.show = verbose.Handshakes(report)
 
     report("Attempting connection WITHOUT client certificate...")
     report(f"Target: {url}")
     try:
-        with exchange.answer(context, urllib.request.Request(url), no_result) as answer:
+        with exchange.answer(context, urllib.request.Request(url), no_answer) as answer:
             status = answer.status
-    except LetIn as error:
-        report(f"FAIL: Server began to answer a client without a certificate; only then: {error.__cause__}")
-        sys.exit(1)
     except (OSError, http.client.HTTPException) as error:   # TLS 1.2 refuses in the handshake, 1.3 at the first read
-        judge(error, url)
+        judge(error, url, arguments.cacert)
     how = "refused, but in HTTP, after TLS had let us in" if status >= 400 else "let in"
     report(f"FAIL: Server answered HTTP {status} to a client without a certificate: {how}.")
     sys.exit(1)
@@ -142,5 +139,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError:   # our own output failed: nobody has read a verdict
+    except OSError:   # nor could stderr be written
         os._exit(2)

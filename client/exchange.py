@@ -1,6 +1,7 @@
-"""What the two clients have in common: one HTTPS request within limits, and what to say when it fails.
+"""What the two clients have in common: one HTTPS request within limits, and how the answer is read and shown.
 
-Who is trusted, and who we say we are, is not decided here but by the context that they bring.
+Which server is trusted, and which certificate is presented, is decided by the context that a client passes in.
+What a client says when a request fails is in reasons.py.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import http.client
 import json
 import os
 import re
-import shlex
 import ssl
 import threading
 import urllib.error
@@ -19,27 +19,46 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
-PYTHON = "python" if os.name == "nt" else "python3"        # as it is called in a terminal
-SILENCE = 10.0    # seconds that the server may say nothing
-EXCHANGE = 30.0   # seconds for everything from connecting to the last byte of the answer
+SILENCE = 10.0           # seconds that the server may say nothing
+EXCHANGE = 30.0          # seconds for everything from connecting to the last byte of the answer
+MAX_ANSWER = 1024 ** 2   # bytes of everything that a server may send in an exchange
+MAX_DEPTH = 10           # levels of arrays and objects in an answer; our server's have 3
 
-# What to do when the server's certificate does not verify, by OpenSSL's code for the reason.
-RESTART = "restart the server if gen_certs.sh has run since it started; if not, is it our server?"
-DATES = "compare the clock with the certificate's dates: openssl x509 -noout -dates -in certs/server.crt"
-NAMES = "the host in the URL must stand under alt_names in certs/server.cnf"
-HINTS = {
-    7: RESTART,    # signature failure: a CA of the same name with another key
-    18: RESTART,   # self-signed certificate
-    19: RESTART,   # self-signed certificate in certificate chain
-    20: RESTART,   # unable to get local issuer certificate
-    9: DATES,      # not yet valid
-    10: DATES,     # expired
-    62: NAMES,     # host name mismatch
-    64: NAMES,     # IP address mismatch
-}
+
+class TooMuch(OSError):
+    """The server has sent more than MAX_ANSWER."""
+
+
+class Connection(ssl.SSLSocket):
+    """A TLS connection that counts the bytes it receives, and stops at MAX_ANSWER.
+
+    A context with this class as its ``sslsocket_class`` creates it instead of an ssl.SSLSocket. Below http.client,
+    one limit covers everything that a server could send without end: 100 Continue, headers, chunks, a body.
+    """
+
+    received: ClassVar[int] = 0   # bytes, decrypted. It belongs to the class: a client has one exchange at a time
+    show: ClassVar[Callable[[ssl.SSLSocket | None], None]] = staticmethod(lambda _: None)
+    """Called when the handshake ends, with None if it has failed: for -v."""
+
+    def do_handshake(self, block: bool = False) -> None:
+        """The handshake. Raises OSError."""
+        try:
+            super().do_handshake(block)
+        except OSError:
+            Connection.show(None)
+            raise
+        Connection.show(self)
+
+    def recv_into(self, *args: Any, **kwargs: Any) -> int:
+        """Read; returns the number of bytes. Raises TooMuch, or another OSError."""
+        number = super().recv_into(*args, **kwargs)
+        Connection.received += number
+        if Connection.received > MAX_ANSWER:
+            raise TooMuch
+        return number
 
 
 class EveryAnswer(urllib.request.HTTPErrorProcessor):
@@ -58,8 +77,9 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
            give_up: Callable[[str], NoReturn]) -> Iterator[http.client.HTTPResponse]:
     """Send the request; yields the answer, to be read inside the ``with``.
 
-    Raises OSError (ssl.SSLError is one) or http.client.HTTPException. After EXCHANGE seconds it calls
-    ``give_up`` with the reason, and the program ends with the exit code of its sys.exit().
+    The context's ``sslsocket_class`` must be `Connection` or a subclass. Raises OSError (ssl.SSLError is one) or
+    http.client.HTTPException. After EXCHANGE seconds it calls ``give_up`` with the reason, and the program ends
+    with the exit code of its sys.exit().
     """
     opener = urllib.request.build_opener(
         urllib.request.HTTPSHandler(context=context),
@@ -73,9 +93,10 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
         except SystemExit as end:   # it would end this thread only, not the one that waits for the server
             os._exit(int(end.code or 0))
 
-    # A socket's timeout begins anew with each byte: one every few seconds would keep us for ever.
+    # A socket's timeout starts again with each byte: with one every few seconds, we would wait for ever.
     timer = threading.Timer(EXCHANGE, out_of_time)
     timer.start()
+    Connection.received = 0
     try:
         with opener.open(request, timeout=SILENCE) as response:
             yield response
@@ -85,34 +106,32 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
         timer.cancel()
 
 
-def explain(error: Exception, url: str) -> str:
-    """Why there is no answer, and what to do next, in one line."""
-    if isinstance(error, ssl.SSLCertVerificationError):
-        hint = HINTS.get(error.verify_code, "is it our server?")
-        return f"the server's certificate is not trusted: {error.verify_message}; {hint}"
-    if isinstance(error, TimeoutError):
-        return f"no answer from {url} within {SILENCE:.0f} s; is our server there, and does it still run?"
-    if isinstance(error, ConnectionRefusedError):
-        return f"no server at {url}; start it first: {PYTHON} server/server.py"
-    return f"no HTTP answer from {url}: {error or type(error).__name__}; is our server there, and does it still run?"
+def read(answer: http.client.HTTPResponse) -> bytes:
+    """The whole body of an answer. Raises OSError or http.client.HTTPException."""
+    if "Transfer-Encoding" in answer.headers:   # http.client takes much that is no chunk for one
+        raise http.client.HTTPException("it uses a transfer coding, which our server never does")
+    body = answer.read(MAX_ANSWER)   # with a limit it reserves no more, whatever Content-Length says,
+    if answer.length:                # but does not say that the end is missing
+        raise http.client.IncompleteRead(body, answer.length)
+    return body
 
 
-def unusable(file: Path, error: OSError, ours: bool) -> str:
-    """Why a certificate file, of ours or of the CA, cannot be used, and what to do; never to replace a CA."""
-    in_certs = file.parent.resolve() == CERTS
-    if isinstance(error, PermissionError):
-        try:
-            owner = file.owner()
-        except (KeyError, OSError, NotImplementedError):   # unknown, hidden, Windows
-            owner = "another user"
-        hint = f"it belongs to {owner}, who must let us read it (chmod or chown)"
-    elif in_certs and not (CERTS / "ca.crt").exists():
-        hint = "make the certificates: bash certs/gen_certs.sh"
-    elif in_certs and ours and file.stem != "client":
-        hint = f"make it: bash certs/gen_certs.sh client {shlex.quote(file.stem)}"
-    else:
-        hint = "is this the right path?"
-    return f"cannot use {file} ({error.strerror}); {hint}"
+def decode(body: bytes) -> Any:
+    """A body's JSON. Raises ValueError, or RecursionError, if it is none that our server would send."""
+    def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        if len(dict(pairs)) < len(pairs):   # some programs take the first, some the last (RFC 8259 section 4)
+            raise ValueError("a name is there twice")
+        return dict(pairs)
+
+    value = json.loads(body.decode(), object_pairs_hook=object_of)
+    json.dumps(value, allow_nan=False)   # json reads NaN, Infinity and 1e999, none of which is JSON
+    level = [value]
+    for _ in range(MAX_DEPTH):   # indented, 1 MB of nested arrays would become 1 GB
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer)]
+    if level:
+        raise ValueError(f"it is nested more than {MAX_DEPTH} levels deep")
+    return value
 
 
 def one_line(text: str) -> str:
@@ -120,9 +139,12 @@ def one_line(text: str) -> str:
     return printable(" ".join(text.split()))
 
 
-def printable(text: str) -> str:
-    """The text with control characters as JSON escapes: what a server sends must not drive our terminal."""
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+def printable(text: str, keep: str = "") -> str:
+    """The text with control characters, line feeds too, as JSON escapes, except those in ``keep``.
+
+    What a server sends must neither drive our terminal nor look like a line of ours.
+    """
+    return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)
 
 
 def add_url_argument(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,7 @@
 A connection is an asyncio protocol over a plain transport. Its TLS is in memory: bytes from the
 transport go into one `ssl.MemoryBIO`, an `ssl.SSLObject` takes a step, and what it wants to send comes
 out of another. (asyncio's own TLS closes before a refused peer has heard its alert.) `Connection.live`
-is its life from top to bottom:
+is its life from top to bottom, as a generator: at each ``yield`` it waits until something has happened.
 
     HANDSHAKE --> WAITING --> IDLE --> REQUEST --> RESPONSE --> LINGERING --> gone
         |       for a place    ^                      |                        ^
@@ -23,6 +23,7 @@ import enum
 import socket
 import ssl
 import time
+from collections.abc import Generator
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -46,11 +47,10 @@ class Connection(asyncio.BufferedProtocol):
     tls: ssl.SSLObject               # this and what follows come with its first byte: a silent peer costs little
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
-    life: asyncio.Task[None] | None = None
+    life: Generator[None, None, None] | None = None
     handler: Any                     # has its requests, see strict_http.StrictHandler
     client: Any                      # who the server has found it to be
     buffer: bytearray | None = None
-    event: asyncio.Future[None] | None = None   # what `live` waits for
     error: Exception | None = None   # why the connection is lost
     received = 0                     # bytes in this phase
     congested = False                # the peer has not taken all that we have sent
@@ -131,19 +131,34 @@ class Connection(asyncio.BufferedProtocol):
         if self.life is None:
             self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self.tls = self.server.context.wrap_bio(self.incoming, self.outgoing, server_side=True)
-            self.life = self.server.loop.create_task(self.live())
+            self.life = self.live()
 
-    async def live(self) -> None:
+    def wake(self) -> None:
+        """Something has happened: let `live` go on."""
+        if self.life:
+            next(self.life, None)
+
+    def something(self) -> Generator[None, None, None]:
+        """Wait until something has happened: bytes, an end, room to write, a deadline. Raises what it is lost by."""
+        if not self.error:
+            if self.incoming.pending < CHUNK:
+                self.transport.resume_reading()
+            yield
+        if self.error:
+            raise self.error
+
+    def live(self) -> Generator[None, None, None]:
         """From the first byte to the last."""
         try:
-            await self.shake_hands()
+            yield from self.shake_hands()
             self.server.authenticated(self)
-            await self.wait_for_place()
+            yield from self.wait_for_place()
             self.handler = self.server.RequestHandlerClass(self, self.address, self.server)
             self.enter(Phase.IDLE)
-            while await self.exchange():
-                if not self.is_idle:
-                    await asyncio.sleep(0)   # one request per turn: a peer that pipelines must not hold the loop
+            while (yield from self.exchange()):
+                if not self.is_idle:   # it pipelines: one request per turn of the loop, so that it cannot hold it
+                    self.server.loop.call_soon(self.wake)
+                    yield
         except OSError as error:   # ssl.SSLError is one
             if self.phase in (Phase.HANDSHAKE, Phase.WAITING):
                 self.server.refused(self.address, error)
@@ -153,7 +168,7 @@ class Connection(asyncio.BufferedProtocol):
         self.error = None   # its traceback leads back to this connection, and would keep it in memory
         del self.tls, self.incoming, self.outgoing
 
-    async def shake_hands(self) -> None:
+    def shake_hands(self) -> Generator[None, None, None]:
         """The handshake, step by step. Raises OSError."""
         while True:
             try:
@@ -165,7 +180,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.flush()
             if self.received > MAX_HANDSHAKE:
                 raise ConnectionError(f"sent more than {MAX_HANDSHAKE:,} bytes without completing the handshake")
-            await self.something()
+            yield from self.something()
         self.flush()
         if hasattr(socket, "TCP_QUICKACK"):
             # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
@@ -173,19 +188,19 @@ class Connection(asyncio.BufferedProtocol):
             with contextlib.suppress(OSError):   # it has just been reset
                 self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
-    async def wait_for_place(self) -> None:
+    def wait_for_place(self) -> Generator[None, None, None]:
         """Wait while the server is at capacity, and all others have a request running. Raises OSError."""
         self.enter(Phase.WAITING)
         while not self.server.admit(self):
             if self.told_to_end:
                 raise ConnectionError("at capacity")
-            await self.something()
+            yield from self.something()
 
-    async def exchange(self) -> bool:
+    def exchange(self) -> Generator[None, None, bool]:
         """One request and its answer. False if no more may come. Raises OSError."""
         while not self.handler.handle_one_request():
             if self.handler.wfile.pieces:   # 100 Continue
-                await self.send(self.handler.wfile.take())
+                yield from self.send(self.handler.wfile.take())
             if self.phase is Phase.IDLE and self.handler.has_begun:
                 self.enter(Phase.REQUEST)
                 self.told_to_end = False   # a request that has begun is ended by its own deadline only
@@ -193,32 +208,17 @@ class Connection(asyncio.BufferedProtocol):
             if data:
                 self.handler.receive(data)
             elif data is None and not self.told_to_end:
-                await self.something()
+                yield from self.something()
             elif self.phase is Phase.IDLE:
                 return False
             else:
                 self.handler.break_off(after=DEADLINES[Phase.REQUEST] if self.told_to_end else None)
                 break
         self.enter(Phase.RESPONSE)
-        await self.send(self.handler.wfile.take())
+        yield from self.send(self.handler.wfile.take())
         self.enter(Phase.IDLE)
         self.received = self.incoming.pending   # perhaps part of the next request
         return not (self.handler.close_connection or self.told_to_end)
-
-    async def something(self) -> None:
-        """Wait until something has happened: bytes, an end, room to write, a deadline. Raises what it is lost by."""
-        if not self.error:
-            if self.incoming.pending < CHUNK:
-                self.transport.resume_reading()
-            self.event = self.server.loop.create_future()
-            await self.event
-        if self.error:
-            raise self.error
-
-    def wake(self) -> None:
-        """Something has happened."""
-        if self.event and not self.event.done():
-            self.event.set_result(None)
 
     # --- TLS in memory -------------------------------------------------------------------------
 
@@ -240,7 +240,7 @@ class Connection(asyncio.BufferedProtocol):
         finally:
             self.flush()   # TLS may have something to say itself
 
-    async def send(self, pieces: list[bytes]) -> None:
+    def send(self, pieces: list[bytes]) -> Generator[None, None, None]:
         """Encrypt and send, a slice at a time, each when the peer has taken the one before. Raises OSError."""
         if sum(map(len, pieces)) <= SLICE:
             pieces = [b"".join(pieces)]   # one TLS record, if it is a short answer
@@ -249,7 +249,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.tls.write(memoryview(piece)[start:start + SLICE])
                 self.flush()
                 while self.congested:
-                    await self.something()
+                    yield from self.something()
 
     # --- Its end -------------------------------------------------------------------------------
 

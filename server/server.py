@@ -10,6 +10,7 @@ reasons.py (why something does not work).
 import argparse
 import contextlib
 import errno
+import functools
 import os
 import re
 import signal
@@ -144,6 +145,9 @@ class TodoServer(EventLoopServer):
         self.log.write(f"ERROR | {client_address!r} | {sys.exc_info()[1]!r}")
 
 
+seconds_since_1970 = functools.lru_cache(ssl.cert_time_to_seconds)   # it is slow, and few dates come often
+
+
 def identity(connection: Connection) -> tuple[str | None, float]:
     """The CN in the client's certificate, and when that expires.
 
@@ -152,7 +156,7 @@ def identity(connection: Connection) -> tuple[str | None, float]:
     try:
         certificate = connection.getpeercert()
         names = [value for rdn in certificate["subject"] for key, value in rdn if key == "commonName"]
-        return names[0] if len(names) == 1 else None, ssl.cert_time_to_seconds(certificate["notAfter"])
+        return names[0] if len(names) == 1 else None, seconds_since_1970(certificate["notAfter"])
     except (OSError, ValueError):   # verified, but its names are in no known form
         return None, 0.0
 
@@ -265,7 +269,13 @@ class TodoStore:
         """The body of an answer to ``client``, in two pieces: its own, and the one that all clients share."""
         if self.joined is None:
             self.joined = b'  "todos": [\n' + b",\n".join(self.encoded) + b"\n  ]\n}\n"
-        return encode({"client": client}).removesuffix(b"\n}\n") + b",\n", self.joined
+        return listing_head(client), self.joined
+
+
+@functools.lru_cache
+def listing_head(client: str | None) -> bytes:
+    """What stands before the list in an answer to ``client``."""
+    return encode({"client": client}).removesuffix(b"\n}\n") + b",\n"
 
 
 # --- Settings ------------------------------------------------------------------------------

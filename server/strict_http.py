@@ -40,7 +40,7 @@ TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"                                         
 REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([1-9])\.([0-9])\r?\n")   # RFC 9112 section 3
 HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)\r?\n")               # RFC 9112 section 5
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]*)(?::\d*)?"                         # RFC 3986 section 3.2
-ABSOLUTE = re.compile(rf"https?://(?=[^/:]){HOST}(?=/)", re.ASCII | re.IGNORECASE)     # RFC 9112 section 3.2.2
+ABSOLUTE = re.compile(rf"\Ahttps?://(?=[^/:]){HOST}(?=/)", re.ASCII | re.IGNORECASE)     # RFC 9112 section 3.2.2
 STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")   # control characters that JSON does not escape
 
 http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 import socket
 import socketserver
@@ -24,14 +25,17 @@ from tests.support import (
     Lab,
     Server,
     environment,
+    free_port,
     in_terminal,
     issue,
     lab,
     new_folder,
     once,
     openssl,
+    prepared_path,
     scratch,
     side_by_side,
+    succeed,
 )
 from tests.test_readme import section
 
@@ -169,19 +173,22 @@ VERDICTS = {(CLIENT, 1): "[CLIENT] ERROR: ", (NEGATIVE, 0): "[NEGATIVE TEST] PAS
 """How the last line begins, by exit code."""
 
 
-def run(case: Case) -> subprocess.CompletedProcess[str]:
-    """Run the client to its end; with another server, if the case has one. A proxy of the environment is not there."""
+def run(case: Case, root: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run the client of ``root``, or the shared lab's, to its end; with another server, if the case has one.
+
+    A proxy of the environment is not there.
+    """
     if case.server:
         with other_server(case.server) as url:
             arguments = ("--url", url.replace("127.0.0.1", case.host), *case.arguments)
             return run(case._replace(server=None, arguments=arguments))
-    folder = lab().root / "client"
+    folder = (root or lab().root) / "client"
     start = [str(folder / f"{case.program}.py")]
     if case.before:
         start = ["-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import exchange, {case.program} as program\n"
                        f"{case.before}\nprogram.main()"]
     env = environment({"https_proxy": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9", **case.env})
-    return subprocess.run([sys.executable, "-W", "error", *start, *case.arguments], env=env, cwd=scratch(),
+    return subprocess.run([sys.executable, "-W", "error", *start, *case.arguments], env=env, cwd=root or scratch(),
                           stdin=subprocess.DEVNULL, capture_output=True, check=False, encoding="utf-8",
                           errors="surrogateescape", timeout=PATIENCE * 2)
 
@@ -225,22 +232,40 @@ class TestOurServer(ClientCase):
                             ((), r"TLSV13_ALERT_CERTIFICATE_REQUIRED\] tlsv13 alert certificate required"),
                             (("--tls-max", "1.2"), r"SSLV3_ALERT_HANDSHAKE_FAILURE\] .+ alert handshake failure"))])
 
-    def test_refused_by_our_server(self) -> None:
-        """Not on its list, or of another CA: the client says what to do."""
+    def test_verbose(self) -> None:
+        """-v shows what the handshake agreed on before a refusal of TLS 1.3, which TLS 1.2 makes within it."""
+        issue(lab(), "quaint", "/CN=a\x1bb/CN=c", "subjectAltName = IP:127.0.0.1, DNS:*.lab.test, URI:a:%0a",
+              "20200101000000Z", "20210101000000Z")
+        prints = {name: openssl("x509", "-noout", "-fingerprint", "-sha256", "-in", lab().certs / f"{name}.crt").split(
+            "=")[1].strip() for name in ("server", "client", "quaint")}
+        of_server = (r"TLS: TLSv1\.3, TLS_AES_\w+, (key exchange \w+, )?new session, ALPN none\n"
+                     r".*Server's certificate: CN localhost\n"
+                     r".*  names in its SAN: DNS:localhost, IP Address:127\.0\.0\.1\n.*  issued by: mTLS Lab Root CA\n"
+                     rf".*  valid until: \w+ .* GMT \(in 36[45] days\)\n.*  SHA-256: {prints['server']}\n")
+        of_client = rf"asks for one\): CN mtls-client\n[^:]*: none\n.*\n.*\n.*  SHA-256: {prints['client']}\n"
+        quaint = ("--cert", str(lab().certs / "quaint.crt"), "--key", str(lab().certs / "quaint.key"))
+        serving = ("--cert", str(lab().certs / "server.crt"), "--key", str(lab().certs / "server.key"))
         with Server(lab()) as server:
             self.check([
-                Case(CLIENT, words, arguments=("--url", server.url, "--cert", f"{path}.crt", "--key", f"{path}.key"))
-                for path, words in (
-                    (lab().certs / "mallory", "HTTP 403: client certificate: CN 'mallory' is not in the allowed list; "
-                                              "if it should be, start the server with --allow-cn and all its names$"),
-                    (other_ca() / "server", "the server refused us: .*alert unknown ca.*; is our certificate signed"))])
+                Case(CLIENT, rf"{of_server}.*{of_client}\[CLIENT\] POST.*\n(.*\n)+.*GET.*\n.*TLS: .*\n.*as before\n", 0,
+                     ("-v", "--url", server.url)),
+                Case(CLIENT, rf"{of_server}.*CN a\\u001bb, c\n.* DNS:\*.lab.test, URI:a:%0a\n.*\n.*2021 GMT \(expired "
+                             rf"\d+ days ago\)\n.*{prints['quaint']}\n.*refused us: certificate expired; .*quaint$",
+                     1, ("-v", "--url", server.url, *quaint)),
+                Case(CLIENT, rf"{of_server}.*server.crt cannot be shown \(unsuitable certificate purpose\)", 1,
+                     ("--verbose", "--url", server.url, *serving)),
+                Case(NEGATIVE, rf"{of_server}.*Our certificate: none\n\[NEGATIVE TEST\] Connection rejected", 0,
+                     ("-v", "--url", server.url)),
+                Case(NEGATIVE, "TLS: the handshake did not come to its end\n.*rejected as expected", 0,
+                     ("-v", "--url", server.url, "--tls-max", "1.2"))])
 
     def test_output_that_fails(self) -> None:
         """A reader that leaves early or late, a disk that is full: nobody is blamed, least of all the server."""
+        heads = [f"{head} >/dev/null" for head in ("| head -n 1", "-v | head -n 2", "| head -n 15")]
         full = [">/dev/full; [ $? = %d ]"] if Path("/dev/full").exists() else []   # only Linux has it
         with Server(lab()) as server:
             for name, code in ((CLIENT, 1), (NEGATIVE, 2)):
-                for redirection in ("| head -n 1 >/dev/null", "| head -n 15 >/dev/null", *full):
+                for redirection in heads + full:
                     with self.subTest(name, redirection=redirection):
                         command = ["sh", "-c", f'"$1" "$2" --url "$3" {redirection.replace("%d", str(code))}', "sh",
                                    sys.executable, str(lab().root / "client" / f"{name}.py"), server.url]
@@ -276,46 +301,42 @@ class TestStart(ClientCase):
     seconds = 10
 
     def test_files(self) -> None:
-        """Missing, misfitting and unreadable files. Where there is a CA, none is advised that would replace it."""
+        """Files that are missing or that we may not read. Where there is a CA, no step would replace it."""
         certs = lab().certs
-        openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", certs / "client.key", "-out", certs / "secret.key")
         shutil.copy(certs / "client.key", certs / "locked.key")
         (certs / "locked.key").chmod(0)
-        theirs = f"locked.key .*it belongs to {certs.owner()}, who must let us read it"
         # Root may read everything: it becomes nobody, who can reach the files only from inside their folder.
         leave = f"import gettext, locale, os, shutil; os.chdir({str(certs)!r}); os.getuid() or os.setuid(65534)"
-        missing, damaged = r"cannot use .*/{} \(No such file .*\); {}$", "damaged or do not fit together.* client NAME$"
+        missing, right = r"cannot use .*/{} \(No such file .*\); {}$", r"is this the right path\?"
+        secret = public = "let yourself read it: chmod u.r "
+        if os.getuid() == 0:
+            secret, public = f"it belongs to {certs.owner()}, and a private key stays with", "it is no secret$"
         self.check([
-            Case(CLIENT, missing.format("bob.crt", "make it: bash certs/gen_certs.sh client bob"),
-                 arguments=("--cert", str(certs / "bob.crt"), "--key", str(certs / "bob.key"))),
             Case(CLIENT, "client 'b;b'$", arguments=("--key", str(certs / "b;b.key"))),
-            *(Case(CLIENT, missing.format(path.name, r"is this the right path\?"), arguments=(option, str(path)))
-              for option, path in (("--cert", Path("/no/such")), ("--cacert", certs / "no-such.crt"))),
-            Case(NEGATIVE, missing.format("such", r"is this the right path\?"), 2, ("--cacert", "/no/such")),
+            *(Case(program, missing.format("such", right), code, (option, "/no/such"))
+              for program, code, option in ((CLIENT, 1, "--cert"), (CLIENT, 1, "--cacert"), (NEGATIVE, 2, "--cacert"))),
             Case(CLIENT, "Is a directory.*right path", arguments=("--cert", str(scratch()))),
-            *(Case(CLIENT, damaged, arguments=(option, "/dev/null")) for option in ("--cert", "--key", "--cacert")),
-            Case(CLIENT, "key values mismatch.*client NAME$", arguments=("--key", str(certs / "mallory.key"))),
-            Case(NEGATIVE, "/dev/null holds no certificate", 2, ("--cacert", "/dev/null")),
-            Case(CLIENT, theirs, 1, ("--cert", "ca.crt", "--key", "locked.key", "--cacert", "ca.crt"), before=leave),
-            Case(NEGATIVE, theirs, 2, ("--cacert", "locked.key"), before=leave),
+            *(Case(CLIENT, "/dev/null: it is empty; is it the right one", arguments=(option, "/dev/null"))
+              for option in ("--cert", "--key")),
+            Case(NEGATIVE, "/dev/null: it is empty; is it the right one", 2, ("--cacert", "/dev/null")),
+            Case(CLIENT, f"locked.key .*{secret}", 1, ("--cert", "ca.crt", "--key", "locked.key"), before=leave),
+            Case(NEGATIVE, f"locked.key .*{public}", 2, ("--cacert", "locked.key"), before=leave),
         ])
+        openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", certs / "client.key", "-out", certs / "secret.key")
         code, shown = in_terminal([sys.executable, str(lab().root / "client" / "client.py"),
                                    "--key", str(certs / "secret.key")])   # where OpenSSL could ask for the password
         self.assertEqual(code, 1)
-        self.assertRegex(shown, rf"\A\[CLIENT\] ERROR: .*{damaged}")
+        self.assertRegex(shown, r"\A\[CLIENT\] ERROR: .*secret.key: it has a password; ")
 
     def test_nothing_there(self) -> None:
-        """Without certificates or a server, both name the command for it; with a silent server they give up at 10 s."""
+        """Without certificates, both name the command for them; with a silent server they give up at 10 s."""
         empty = Lab("no certificates")
         words = "make the certificates: bash certs/gen_certs.sh$"
         self.check([Case(CLIENT, words), Case(NEGATIVE, words, 2)], lambda case: empty.run(f"client/{case.program}.py"))
-        with socket.socket() as closed, socket.create_server(("127.0.0.1", 0)) as silent:   # nobody accepts
-            closed.bind(("127.0.0.1", 0))   # bound but not listening: refuses
-            self.check([
-                Case(program, words, code, env={"MTLS_SERVER_PORT": str(there.getsockname()[1])})
-                for program, code in ((CLIENT, 1), (NEGATIVE, 2)) for there, words in (
-                    (closed, "no server at https://127.0.0.1:[0-9]+/todo; start it first: python3 server/server.py$"),
-                    (silent, "no answer from https://127.0.0.1:.* within 10 s; is our server there"))])
+        with socket.create_server(("127.0.0.1", 0)) as silent:   # nobody accepts
+            port = str(silent.getsockname()[1])
+            self.check([Case(program, f"no answer from .*:{port}/todo within 10 s; is port {port} our server's", code,
+                             env={"MTLS_SERVER_PORT": port}) for program, code in ((CLIENT, 1), (NEGATIVE, 2))])
 
     def test_senseless_arguments(self) -> None:
         """URLs that are none, ports that are none, a TASK that is no text: exit 2, with the reason."""
@@ -331,6 +352,8 @@ class TestStart(ClientCase):
             *(Case(program, f"error: MTLS_SERVER_PORT: '{port}' is no port", 2, env={"MTLS_SERVER_PORT": port})
               for program, port in ports),
             Case(CLIENT, "TASK: is no valid text", 2, ("\udcff",)),
+            Case(CLIENT, "TASK: is the file .*client.key; name its option, such as --key$", 2,
+                 ("--cert", str(lab().certs / "client.crt"), str(lab().certs / "client.key"))),
             Case(CLIENT, "MTLS_SERVER_PORT", 0, ("--help",)),
         ])
 
@@ -349,6 +372,139 @@ class TestStart(ClientCase):
                 self.assertEqual((result.returncode, result.stdout), (1, ""))
 
 
+class Trouble(NamedTuple):
+    """Something that is wrong in a lab, what client.py says of it, and how the lab is put right."""
+
+    cause: str                    # shell commands in the lab's folder that bring it about
+    words: str                    # what the client says before the step, a regular expression
+    step: str                     # the step: options, or a command
+    arguments: str = ""           # the client's
+    then: str | None = None       # its arguments after the step, if others
+    serve: bool = False           # whether the lab has a server of its own, rather than the shared one
+
+
+RENEW, NEW_CA = "bash certs/gen_certs.sh renew", "bash certs/gen_certs.sh"
+NEW, MISSING, MISFIT = "; make a new one: ", r" \(No such file or directory\)", "do not belong together; .*: "
+ALICE, MALLORY, PEM = (f"--cert certs/{pair[0]} --key certs/{pair[1]}" for pair in (
+    ("alice.crt", "alice.key"), ("mallory.crt", "mallory.key"), ("client.pem", "client.pem")))
+TROUBLES = [
+    # A file is missing, or is not what it should be
+    *(Trouble(f"rm certs/client.{ending}", f"/client.{ending}{MISSING}{NEW}", RENEW) for ending in ("crt", "key")),
+    *(Trouble(cause, f"certs/ca.crt.*{words}; make it again from its key: ", "openssl req -new -x509 -days 3650 "
+              "-key certs/ca.key -out certs/ca.crt -config certs/ca.cnf") for cause, words in (
+        ("rm certs/ca.crt", MISSING), (": >certs/ca.crt", "it is empty"), ("echo x >certs/ca.crt", "no certificate"))),
+    *(Trouble(cause, f"{MISSING}; {words}: ", NEW_CA, serve=True) for cause, words in (
+        ("rm certs/*.crt certs/*.key", "make the certificates"),
+        ("rm certs/client.key certs/ca.key", "copy it from the machine that has ca.key; if none has it, .*"))),
+    Trouble("echo junk >certs/client.crt", "it holds no certificate" + NEW, RENEW),
+    Trouble("sed -i.old 5d certs/client.crt", "/client.crt: it is damaged" + NEW, RENEW),
+    *(Trouble(cause, f"/client.key.* {words}; move it and make another: ",
+              "mv certs/client.key certs/client.old.key; " + RENEW, "--cert certs/client.crt --key certs/client.key")
+      for cause, words in ((": >certs/client.key", "is empty"), ("sed -i.old 5d certs/client.key", "is damaged"))),
+    Trouble("", "alice.crt" + MISSING + NEW, NEW_CA + " client alice", ALICE),
+    Trouble("rm certs/mallory.crt", "/mallory.crt" + MISSING + NEW, RENEW + " mallory", MALLORY),
+    # Another file than was meant
+    *(Trouble(cause, MISFIT, "--key certs/mallory.key", MALLORY.split(" --key")[0])
+      for cause in ("", "rm certs/client.key")),
+    Trouble("", MISFIT, "--cert certs/mallory.crt", "--key certs/mallory.key"),
+    Trouble("openssl ecparam -name prime256v1 -genkey -noout -out certs/client.key", MISFIT, RENEW),
+    *(Trouble("", words, step, arguments) for words, step, arguments in (
+        ("holds a request, .*: ", "--cert certs/client.crt", "--cert certs/client.csr"),
+        ("holds a private key; .*: ", "--cert certs/client.crt", "--cert certs/client.key"),
+        ("holds a certificate; .*: ", "--key certs/client.key", "--key certs/client.crt"),
+        ("is not the certificate of a CA; .*: ", "--cacert certs/ca.crt", "--cacert certs/server.crt"))),
+    # Another form of file
+    Trouble("openssl rsa -aes128 -passout pass:secret -in certs/client.key -out certs/a.key", "has a password; .*: ",
+            "(umask 077; openssl rsa -in certs/a.key -out certs/a.plain.key)",
+            "--key certs/a.key", "--key certs/a.plain.key"),
+    Trouble("openssl pkcs12 -export -in certs/client.crt -inkey certs/client.key -certfile certs/ca.crt "
+            "-passout pass:secret -out certs/client.pfx", "is a PFX, .*: ",
+            "(umask 077; openssl pkcs12 -in certs/client.pfx -clcerts -nodes -out certs/client.pem)",
+            "--cert certs/client.pfx", PEM),
+    Trouble("openssl x509 -in certs/client.crt -outform DER -out certs/a.der", "holds DER, .*: ",
+            "openssl x509 -inform DER -in certs/a.der -out certs/a.pem", "--cert certs/a.der", "--cert certs/a.pem"),
+    Trouble("openssl rsa -in certs/client.key -outform DER -out certs/a.der", "holds DER, .*: ",
+            "(umask 077; openssl rsa -inform DER -in certs/a.der -out certs/a.pem)",
+            "--key certs/a.der", "--key certs/a.pem"),
+    # What the server refuses
+    Trouble("for e in crt key; do cp certs/expired-client.$e certs/client.$e; done",
+            "refused us: certificate expired; .*/client.crt.? has expired" + NEW, RENEW),
+    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key certs', "refused us: unknown ca; it trusts another CA than the "
+            "one that issued .*/client.crt'?: is it our server. If so, make a new one: ", RENEW),
+    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key .', "issued client.crt: .*If so, make one of its CA: ",
+            NEW_CA + " client NAME", "--cert client.crt --key client.key", ALICE),
+    Trouble("", "unsupported certificate; .*: ", "--cert certs/client.crt --key certs/client.key",
+            "--cert certs/server.crt --key certs/server.key"),
+    # What the client refuses
+    Trouble("openssl x509 -req -in certs/server.csr -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial "
+            "-out certs/server.crt", "mismatch, .* for '127.0.0.1'; where .* then: ", RENEW, serve=True),
+    Trouble("for e in crt key; do cp certs/expired-server.$e certs/server.$e; done",
+            "certificate has expired; renew it where the server runs: ", RENEW, serve=True),
+]
+
+
+class TestNextSteps(ClientCase):
+    """Each cause is produced for real; the step that the client names is taken, and then the client is served."""
+
+    seconds = 20
+
+    def test_steps(self) -> None:
+        """What is wrong with files and certificates."""
+        for name, subject, use in (("client", "/CN=mtls-client", "extendedKeyUsage = clientAuth"),
+                                   ("server", "/CN=localhost", "subjectAltName = IP:127.0.0.1")):
+            issue(lab(), f"expired-{name}", subject, use, "20200101000000Z", "20200201000000Z")
+        with Server(lab(), "--allow-cn", "mtls-client", "mallory", "alice") as server:
+            outcomes = side_by_side(functools.partial(self.overcome, server.url), TROUBLES)
+        for trouble, (before, after) in zip(TROUBLES, outcomes, strict=True):
+            with self.subTest(cause=trouble.cause, arguments=trouble.arguments):
+                self.assertRegex(before, rf"\[CLIENT\] ERROR: .*{trouble.words}{re.escape(trouble.step)}\n\Z")
+                self.assertIn("[CLIENT] Response (HTTP 200)", after)
+
+    def overcome(self, shared: str, trouble: Trouble) -> tuple[str, str]:
+        """What the client says in a lab with this trouble, and once it has taken the step."""
+        own, secret = Lab("trouble"), {"PATH": prepared_path(), "MTLS_PFX_PASSWORD": "secret", "OTHER": str(other_ca())}
+        for file in ("ca", "server", "client", "mallory", "expired-server", "expired-client"):
+            for path in lab().certs.glob(f"{file}.*"):
+                shutil.copy(path, own.certs)
+        succeed("sh", "-c", trouble.cause or ":", cwd=own.root, env=secret)
+
+        def says(arguments: str) -> str:
+            with contextlib.ExitStack() as stack:
+                serve = trouble.serve and (own.certs / "server.crt").exists()
+                url = stack.enter_context(Server(own)).url if serve else shared
+                result = run(Case(CLIENT, "", arguments=("--url", url, *arguments.split())), own.root)
+            return result.stdout + result.stderr
+
+        before = says(trouble.arguments)
+        if trouble.step.startswith("--"):
+            return before, says(f"{trouble.arguments} {trouble.step}")
+        # What is asked at a terminal is an option here, and NAME a name.
+        command = re.sub("(rsa|pkcs12) -in", r"\1 -passin pass:secret -in", trouble.step.replace("NAME", "alice"))
+        said = succeed("sh", "-c", command, cwd=own.root, env=secret)
+        if "umask" in command:
+            self.assertEqual((own.root / command.rstrip(")").split()[-1]).stat().st_mode & 0o777, 0o600)
+        return before, f"{said}\n{says(trouble.arguments if trouble.then is None else trouble.then)}"
+
+    def test_server(self) -> None:
+        """What is wrong with where the server listens, or with whom it admits."""
+        port = free_port()
+        mallory = tuple(word.replace("certs", str(lab().certs)) for word in MALLORY.split())
+        refused = (rf"nothing listens on port {port}; start it there: python3 server/server.py --port {port}; "
+                   r"if it runs on another port, name that: export MTLS_SERVER_PORT=PORT \(or --url\)$")
+        to_admit = "is not in the allowed list; to admit it, start .* name, too: --allow-cn mtls-client mallory$"
+        with Server(lab()) as server:
+            self.check([
+                Case(CLIENT, refused, env={"MTLS_SERVER_PORT": port}),
+                Case(NEGATIVE, f"nothing is proved: .*{refused}", 2, env={"MTLS_SERVER_PORT": port}),
+                Case(CLIENT, "nothing listens on port 443, .* names none; .*: --url https://127.0.0.1:8443/todo$", 1,
+                     ("--url", "https://127.0.0.1/"), before=f"program.http.client.HTTPSConnection.default_port = {port}"),
+                Case(CLIENT, "name no.invalid leads to no address .*: --url https://127.0.0.1:8443/todo$", 1,
+                     ("--url", "https://no.invalid:1/"), {"RES_OPTIONS": "timeout:1 attempts:1"}),
+                Case(CLIENT, to_admit, 1, mallory, {"MTLS_SERVER_PORT": str(server.port)})])
+        with Server(lab(), "--port", port, "--allow-cn", "mtls-client", "mallory"):
+            self.check([Case(CLIENT, "HTTP 200", 0, who, {"MTLS_SERVER_PORT": port}) for who in ((), mallory)])
+
+
 class TestOtherServers(ClientCase):
     """Each failure is one line that says what to do; the negative test never passes for a wrong reason."""
 
@@ -359,9 +515,8 @@ class TestOtherServers(ClientCase):
         issue(lab(), "early", "/CN=s", host, "20440101000000Z", "20450101000000Z")
         issue(lab(), "elsewhere", "/CN=127.0.0.1", "subjectAltName = DNS:localhost")
         issue(lab(), "no-san", "/CN=localhost", "extendedKeyUsage = serverAuth")
-        restart = "; restart the server if gen_certs.sh has run since it started; if not, is it our server"
-        dates = "; compare the clock with the certificate's dates: openssl x509 -noout -dates -in certs/server.crt$"
-        names = "; the host in the URL must stand under alt_names in certs/server.cnf$"
+        another = "; another CA than .* has issued it; is what listens on port [0-9]+ this lab's server"
+        names = "; where the server runs, add that name under alt_names in certs/server.cnf if it is not there, then: "
         self.check([
             Case(program, f"the server's certificate is not trusted: .*{words}", code,
                  env={"SSL_CERT_FILE": str(other / "ca.crt")},   # what the system trusts is not what we trust
@@ -369,54 +524,75 @@ class TestOtherServers(ClientCase):
                  host="localhost" if "localhost" in words else "127.0.0.1")
             for program, code in ((CLIENT, 1), (NEGATIVE, 2))
             for certificate, words in (
-                (other / "server", restart), (other / "chain", restart), (other / "ca", restart),
-                (certs / "expired", "certificate has expired" + dates),
-                (certs / "early", "certificate is not yet valid.*" + dates),
-                (certs / "client", "; is it our server"),   # is for clients only
-                (certs / "elsewhere", "IP address mismatch.* '127.0.0.1'.*" + names),
-                (certs / "no-san", "Hostname mismatch.* 'localhost'.*" + names))])
+                (other / "server", another), (other / "chain", another), (other / "ca", another),
+                (certs / "expired", "certificate has expired; renew it where the server runs"),
+                (certs / "early", "certificate is not yet valid.*; set the clock"),
+                (certs / "client", "unsuitable certificate purpose; it is not for servers"),
+                (certs / "elsewhere", "IP address mismatch.* '127.0.0.1'" + names),
+                (certs / "no-san", "Hostname mismatch.* 'localhost'" + names))])
 
     def test_strange_answers(self) -> None:
         """What both say of other answers; what another client put on the list cannot drive a terminal."""
-        no_json, no_answer, too_long = "did not send the JSON", "no HTTP answer", "sent more than 1 MB"
+        no_json, no_answer = "did not send the JSON", "no HTTP answer"
+        too_long = "sent more than 1 MB|more than 100 interim responses"   # the latter: Python 3.15 itself
         let_in, in_http = r"HTTP {} .*: let in\.$", "HTTP {} .*: refused, but in HTTP, after TLS had let us in"
-        silent, too_early = "without an alert or an answer .*may have refused", "before the server proved who it is"
+        silent, too_early = "without an alert or a whole answer .*may have", "before the server proved who it is"
+        coded, begun = "it uses a transfer coding", "Server began to answer a client .*; only then: {}"
         ok, much = b"HTTP/1.1 200 OK\r\n", b"x" * 2 ** 21
         with Server(lab()) as refusing:
             cases: list[tuple[Behaviour, str, int, str]] = [
                 (answers(http("507 Full", b'{"error": "the list\\nis \\u009b31m full"}')),
                  r"HTTP 507: the list is \\u009b31m full", 1, in_http.format(507)),
-                (answers(http("400 Bad", b"<html>\x1b")), r"HTTP 400: <html>\\u001b", 1, in_http.format(400)),
+                (answers(http("400 Bad", b"<a>\x1b\nmore")), r"HTTP 400: <a>\\u001b$", 1, in_http.format(400)),
+                (answers(http("502 Bad", b"<html>\n<title>Bad\nGateway</title>")), "HTTP 502: Bad Gateway$", 1,
+                 in_http.format(502)),
                 (answers(http("404 Nowhere")), "HTTP 404: Nowhere", 1, in_http.format(404)),
                 *((answers(http("302 Found", b"", f"Location: {target}")), "HTTP 302", 1, let_in.format(302))
                   for target in (refusing.url, "http://[x/")),
                 *((answers(http("200 OK", body)), no_json, 1, let_in.format(200))
-                  for body in (b"hello", b"[1, 2]", b'"\xff"', b"[" * 100_000)),
+                  for body in (b"hello", b"[1, 2]", b'"\xff"', b"[" * 100_000, *(
+                      b'{"todos": [%s], "client": "a"}' % todos
+                      for todos in (b"NaN", b"1e999", b'{"a": 1, "a": 1}', b"[" * 9 + b"]" * 9)))),
                 *((answers(ok + head + b"\r\n\r\n" + much), too_long, 1, let_in.format(200))
-                  for head in (b"A: b", b"Content-Length: 9999999", b"Transfer-Encoding: chunked\r\n\r\nde0b6b3a76")),
+                  for head in (b"A: b", b"Content-Length: 9999999")),
+                *((answers(ok + b"Transfer-Encoding: %s\r\n\r\n-1\r\n" % coding + much), coded, 1, let_in.format(200))
+                  for coding in (b"chunked", b"gzip, chunked")),
+                # What http.client reads line by line has the same limit as a body.
+                *((answers(data), too_long, 1, begun.format(f".*({too_long})"))
+                  for data in (b"HTTP/1.1 100 Go on\r\n\r\n" * 60_000, ok + (b"A: " + b"b" * 60_000 + b"\r\n") * 90)),
+                (answers(ok + b"A: " + much), no_answer, 1, begun.format(".*header line")),
                 *((answers(ok + b"Content-Length: %d\r\n\r\n{" % length), no_answer, 1, let_in.format(200))
                   for length in (9, 10 ** 18, 10 ** 19)),
-                (answers(b"220 \x1b0;\x07\r\n"), no_answer + r".*220 \\u001b0;\\u0007", 2, r"220 \\u001b0;\\u0007"),
+                (answers(b"220 \x1b0;\x07\r\n"), no_answer + r".*220 \\u001b0;\\u0007", 1,
+                 begun.format(r".*220 \\u001b0;\\u0007")),
+                (answers(b"<html>hello"), no_answer, 1, begun.format(".*<html>hello")),   # as HTTP/0.9 did
+                (answers(b"HTTP/2 200\r\n\r\n"), no_answer, 1, begun.format(".*HTTP/2")),
                 (answers(b""), no_answer, 2, silent), (resets, no_answer, 2, silent), (hear, no_answer, 2, silent),
-                (lambda connection: connection.sendall(http("200 OK")), no_answer, 2, "(?i)wrong.version"),
-                *((functools.partial(alerts, code=code), "refused us: ", 2, words)
-                  for code, words in ((70, "alert protocol version"), (116, too_early), (40, too_early))),
+                (lambda connection: connection.sendall(http("200 OK")), "does not speak TLS", 2, "not speak TLS"),
+                *((functools.partial(alerts, code=code), f"refused us: {words}", 2, of_negative)
+                  for code, words, of_negative in (
+                    (70, "protocol version; it speaks neither", "protocol version; that is not the alert for a"),
+                    (42, "bad certificate; .* openssl x509 -noout -dates -in ", "bad certificate; that is not"),
+                    (44, "certificate revoked; .* ask whoever runs", "certificate revoked; that is not"),
+                    (116, "certificate required; .* see the server's log", too_early),
+                    (40, "handshake failure; .* see the server's log", too_early))),
             ]
             self.check([case for server, words, code, words_of_negative in cases for case in (
                 Case(CLIENT, words, server=server), Case(NEGATIVE, words_of_negative, code, server=server))])
-        body = b'{"client": "\\u001b", "todo": 0, "todos": ["\xc2\x9b31m", "\xe2\x80\xae", "\x7f"]}'
-        self.check([Case(CLIENT, r'"\\u009b31m",\n *"\\u202e",\n *"\\u007f"', 0, server=answers(http("200 OK", body)))])
+        body = b'{"client": "a\\n[CLIENT]\\u001b", "todo": 0, "todos": ["\xc2\x9b31m", "\xe2\x80\xae", "\x7f"]}'
+        shown = r'as: "a\\n\[CLIENT\]\\u001b"\n(.*\n)+ *"\\u009b31m",\n *"\\u202e",\n *"\\u007f"'
+        self.check([Case(CLIENT, shown, 0, server=answers(http("200 OK", body)))])
 
     def test_late_refusals(self) -> None:
         """From a server that has proved who it is: PASS only for the right alert, and before any answer."""
         # No server here can be made to send certificate_required late, so another alert is counted as that.
         counted = 'program.REFUSALS.add("SSLV3_ALERT_BAD_RECORD_MAC")'
         old = ("--tls-max", "1.2")
-        begun = "Server began to answer a client without a certificate; only then: .*bad record mac"
+        begun = "Server began to answer a client without a certificate; only then: bad record mac$"
         partly = refuses_late(b"HTTP/1.1 200 OK\r\nContent-Le")
         self.check([
-            Case(NEGATIVE, "nothing is proved: .*alert unknown ca", 2, old, server=refuses_late(forged=48)),
-            Case(NEGATIVE, "nothing is proved: .*alert certificate unknown", 2, old, server=refuses_late(forged=46)),
+            Case(NEGATIVE, "nothing is proved: .*refused us: unknown ca", 2, old, server=refuses_late(forged=48)),
+            Case(NEGATIVE, "nothing is proved: .* us: certificate unknown", 2, old, server=refuses_late(forged=46)),
             Case(NEGATIVE, "PASS", 0, old, server=refuses_late(forged=40)),   # TLS 1.2 cannot tell who sent it
             Case(NEGATIVE, "nothing is proved: .*bad record mac", 2, server=refuses_late()),
             Case(NEGATIVE, "PASS", 0, before=counted, server=refuses_late()),
@@ -427,9 +603,12 @@ class TestOtherServers(ClientCase):
 
     def test_drips(self) -> None:
         """A server that never says its last word: both give up when the whole exchange takes too long."""
-        drips = (lambda connection: drip(connection, b"\x16\x03\x03\x16\x03"),   # the beginning of a long ServerHello
-                 *(answers(piece, dripping=True) for piece in (
-                     b"H", b"HTTP/1.1 100 Go on\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: b\r\n", b"HTTP/1.1 200 OK\r\n\r\n")))
-        self.check([Case(program, "no complete answer from https://.* within 1 s", code, before="exchange.EXCHANGE = 1",
-                         server=drip)
-                    for program, code, those in ((CLIENT, 1, drips), (NEGATIVE, 2, drips[:-1])) for drip in those])
+        hello: Behaviour = functools.partial(drip, data=b"\x16\x03\x03\x16\x03")   # the beginning of a long ServerHello
+        begun = [answers(piece, dripping=True) for piece in (
+            b"H", b"HTTP/1.1 100 Go on\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: b\r\n")]
+        body = answers(b"HTTP/1.1 200 OK\r\n\r\n", dripping=True)
+        self.check([Case(program, f"{words}no complete answer from https://.* within 1 s", code,
+                         before="exchange.EXCHANGE = 1", server=server)
+                    for program, code, words, servers in (
+                        (CLIENT, 1, "", [hello, *begun, body]), (NEGATIVE, 2, "nothing is proved: ", [hello]),
+                        (NEGATIVE, 1, "FAIL: Server began .*; only then: ", begun)) for server in servers])

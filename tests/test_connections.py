@@ -1,4 +1,4 @@
-"""The server's connections (server/connections.py): it ends what waits too long, says why, and serves the others."""
+"""The server's connections (server/connections.py, event_loop.py): it ends what waits too long, says why, and serves the others."""
 
 from __future__ import annotations
 
@@ -19,18 +19,21 @@ import time
 import unittest
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NoResult
 from pathlib import Path
 from typing import Any
 
 from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire, comes_true, issue, lab, request
 
-MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/connections.py
+MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/event_loop.py
 SLACK = 8.0
 """Seconds that a deadline may come late: the machine may be busy."""
 HANDSHAKE, IDLE, REQUEST, LINGERING = (f"connections.DEADLINES[connections.Phase.{phase}]"
                                        for phase in ("HANDSHAKE", "IDLE", "REQUEST", "LINGERING"))
+
+FEW: dict[str, object] = {"event_loop.MAX_CLIENTS": 6, "event_loop.MAX_PENDING": 8,
+                          HANDSHAKE: 60.0, IDLE: 60.0, REQUEST: 60.0}
+"""A server that takes few connections, and so patient that a busy machine changes nothing."""
 
 TLS_VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 GET = request("GET", "/todo")
@@ -50,22 +53,17 @@ def record(kind: int, data: bytes) -> bytes:
 
 
 def client_hello(*groups: int) -> bytes:
-    """A ClientHello that offers these groups and a key share for none: the answer names the server's choice."""
-    def vector(of: str, *numbers: int) -> bytes:
-        return struct.pack(f"!{of}{len(numbers)}H", 2 * len(numbers), *numbers)
-
-    extensions = b"".join(struct.pack("!HH", kind, len(data)) + data for kind, data in (
-        (10, vector("H", *groups)),                  # supported_groups
-        (13, vector("H", 0x403, 0x804, 0x401)),      # signature_algorithms
-        (43, vector("B", 0x304)),                    # supported_versions
-        (51, b"\0\0")))                              # key_share
-    body = (b"\3\3" + bytes(32) + b"\x20" + bytes(32) + vector("H", 0x1301) + b"\1\0"
-            + struct.pack("!H", len(extensions)) + extensions)
-    return record(22, struct.pack("!I", 0x01000000 | len(body)) + body)
+    """A ClientHello of TLS 1.3 that offers these groups and a key share for none: the answer asks for one."""
+    offered = struct.pack(f"!{len(groups)}H", *groups)
+    extensions = (struct.pack("!HHH", 10, len(offered) + 2, len(offered)) + offered   # supported_groups
+                  + b"\0\x0d\0\6\0\4\4\3\x08\4" b"\0\x2b\0\3\2\3\4"           # signature_algorithms, supported_versions
+                  + b"\0\x33\0\2\0\0")                                             # key_share
+    body = (b"\3\3" + bytes(32) + b"\x20" + bytes(32) + b"\0\2\x13\1" + b"\1\0"
+            + len(extensions).to_bytes(2, "big") + extensions)
+    return record(22, b"\1" + len(body).to_bytes(3, "big") + body)
 
 
-HALF_HELLO = client_hello(P256)[:100]
-MOST_OF_A_HELLO = record(22, b"\1\0\x40\0" + b"x" * 16_000)   # of 16 KB
+HALF_HELLO = record(22, b"\1\0\x7d\0" + b"x" * 16_000)   # of 32 KB
 LONG_HELLO = b"".join(record(22, piece) for piece in (b"\1\1\xfb\xd0" + b"x" * 16_000, *[b"x" * 16_000] * 6))
 """The first 110 KB of a ClientHello of 130 KB, the longest that OpenSSL takes."""
 
@@ -111,14 +109,6 @@ def drip(connection: socket.socket, pieces: Iterable[bytes], seconds: float) -> 
     connection.settimeout(PATIENCE)
 
 
-def processor_seconds(server: Server) -> float:
-    """The server's CPU time so far; 0 where there is no /proc."""
-    if not (stat := Path(f"/proc/{server.process.pid}/stat")).exists():
-        return 0.0
-    fields = stat.read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
 @contextlib.contextmanager
 def paused(server: Server) -> Iterator[None]:
     """The server does not run meanwhile: what arrives in this time, it finds all at once."""
@@ -132,10 +122,9 @@ def paused(server: Server) -> Iterator[None]:
 
 def rejected(server: Server, at_least: int) -> list[str]:
     """The log's lines that say why a connection was rejected, once there are so many."""
-    def found(lines: list[str]) -> list[str]:
-        return [line for line in lines if re.fullmatch(r"\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| \w.*", line)]
-
-    return found(server.stderr.wait_for(lambda lines: len(found(lines)) >= at_least))
+    reason = re.compile(r"\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| \w.*")
+    lines = server.stderr.wait_for(lambda lines: sum(map(bool, map(reason.fullmatch, lines))) >= at_least)
+    return list(filter(reason.fullmatch, lines))
 
 
 def kept_alive(server: Server, held: contextlib.ExitStack, number: int, certificate: str = "client") -> list[Talk]:
@@ -155,35 +144,7 @@ def pending(server: Server, held: contextlib.ExitStack, number: int, says: bytes
     return peers
 
 
-class ConnectionCase(ServerCase):
-    """What these tests share."""
-
-    def assert_quiet_while(self, server: Server, connection: socket.socket, what: str) -> None:
-        """The connection hears nothing for a second, in which the server hardly computes."""
-        started, computed = time.monotonic(), processor_seconds(server)
-        self.assertTrue(is_silent(connection, 1.0), f"{what} should have to wait")
-        share = (processor_seconds(server) - computed) / (time.monotonic() - started)
-        self.assertLess(share, 0.2, f"the server is busy while {what} waits")
-
-    def assert_newcomer_waits(self, server: Server, busy: list[Talk]) -> None:
-        """A newcomer is not served, and the server at rest, until one of the busy connections ends."""
-        with Wire(server) as newcomer, ThreadPoolExecutor(1) as pool:
-            shaken = pool.submit(newcomer.shake_hands)
-            with contextlib.suppress(NoResult):   # it may have to wait for the handshake or for the answer
-                shaken.result(2.0)
-                newcomer.send(ENDING_GET)
-                self.assert_quiet_while(server, newcomer.plain, "the newcomer")
-            self.assertEqual(busy[0].end_post().status, 201)
-            busy[0].__exit__()
-            if not shaken.done():
-                shaken.result(PATIENCE)
-                newcomer.send(ENDING_GET)
-            self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
-        for talk in busy[1:]:
-            self.assertEqual(talk.end_post().status, 201)
-
-
-class TestDeadlines(ConnectionCase):
+class TestDeadlines(ServerCase):
     """How long the server waits for what."""
 
     seconds = 20
@@ -301,10 +262,10 @@ class TestDeadlines(ConnectionCase):
             self.assertEqual(server.stdout.all()[-1], "[SERVER] Stopped.")
 
 
-class TestRequests(ConnectionCase):
+class TestRequests(ServerCase):
     """What becomes of requests that meet a deadline, or each other."""
 
-    seconds = 6
+    seconds = 12
 
     def test_a_body_that_is_too_slow(self) -> None:
         """A client that still sends its body piece by piece when it is refused hears the 408."""
@@ -336,7 +297,9 @@ class TestRequests(ConnectionCase):
         long = GET[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(96)) + b"\r\n"
         with (Server(lab(), constants={"event_loop.STOP_SECONDS": 2 * PATIENCE}) as server,
               contextlib.ExitStack() as held):
-            hostile = kept_alive(server, held, MAX_UNAUTHORIZED, "mallory")
+            first, hostile = (kept_alive(server, held, number, "mallory") for number in (3, MAX_UNAUTHORIZED))
+            for talk in first:
+                self.assert_ends_well(talk)   # they have so many places, and no more
             listed, = kept_alive(server, held, 1)
             begin = len(server.stderr.wait_for("mtls-client"))
             with paused(server):
@@ -347,22 +310,11 @@ class TestRequests(ConnectionCase):
             lines = server.stderr.wait_for("serving /todo")[begin:]
             before = next(number for number, line in enumerate(lines) if "serving /todo" in line)
             self.assertLess(before, 200, "each of the others had a turn or two, of two lines in the log")
+            self.assertEqual(hostile[2].answer().status, 400, "nothing but empty lines")
             for _ in range(20):
                 self.assert_served(server)
             self.assert_no_defect_logged(server)
             self.assertEqual(server.stop(), 0, "it does not wait for all that they have sent")
-
-    def test_empty_lines(self) -> None:
-        """Some clients send an empty line after a request; who sends nothing else is not waited for."""
-        with self.serving(constants={IDLE: 60.0, REQUEST: 60.0}) as server:
-            with Talk(server.connect()) as talk:
-                talk.send(b"\r\n" + GET + b"\r\n" + GET)
-                self.assertEqual((talk.answer().status, talk.answer().status), (200, 200))
-            with Wire(server, "mallory") as wire:
-                wire.shake_hands()
-                wire.send(b"\r\n" * 1000)
-                wire.plain.settimeout(10.0)
-                self.assertRegex(wire.hear(), b"^HTTP/1.1 400 ")
 
     @unittest.skipUnless(hasattr(socket, "TCP_QUICKACK"), "needs Linux")
     def test_a_client_with_nagles_algorithm(self) -> None:
@@ -380,7 +332,7 @@ class TestRequests(ConnectionCase):
             self.assertLess(min(first_answer() for _ in range(20)), 0.035)
 
 
-class TestRefusals(ConnectionCase):
+class TestRefusals(ServerCase):
     """How the server says that it does not want a connection, and what it takes from peers that are rude."""
 
     seconds = 8
@@ -420,14 +372,10 @@ class TestRefusals(ConnectionCase):
 
     def test_strange_openings(self) -> None:
         """What is no TLS, or ends too early, costs one REJECTED line, and hears no HTTP."""
-        outgoing = ssl.MemoryBIO()
-        with self.assertRaises(ssl.SSLWantReadError):
-            lab().context().wrap_bio(ssl.MemoryBIO(), outgoing, server_hostname="127.0.0.1").do_handshake()
-        hello = outgoing.read()
+        hello = client_hello(P256)
         openings: dict[str, tuple[bytes, Callable[[socket.socket], bytes | None]]] = {
             "plain HTTP": (GET, hear),
             "rubbish": (bytes(range(256)) * 10, hear),
-            "a line of text": (b"hello\r\n", hear),
             "a megabyte of rubbish": (b"\xff" * 1_000_000, hear),
             "a TLS record that is too long": (b"\x16\x03\x01\xff\xff" + b"x" * 70_000, hear),
             "a ClientHello that is empty": (record(22, b"\1\0\0\0"), hear),
@@ -523,19 +471,14 @@ class TestRefusals(ConnectionCase):
                         hear(plain)
 
 
-class TestCapacity(ConnectionCase):
+class TestCapacity(ServerCase):
     """Who is served when there are more connections than the server takes."""
 
     seconds = 10
 
-    def serving_few(self, pending: int = 4) -> contextlib.AbstractContextManager[Server]:
-        """A server that takes few connections, and so patient that a busy machine changes nothing."""
-        return self.serving(constants={"event_loop.MAX_CLIENTS": 6, "event_loop.MAX_PENDING": pending,
-                                       "event_loop.MAX_UNAUTHORIZED": 2, HANDSHAKE: 60.0, IDLE: 60.0, REQUEST: 60.0})
-
     def test_who_is_evicted(self) -> None:
         """At capacity, a newcomer replaces the longest idle connection; what has sent part of a request stays."""
-        with self.serving_few() as server, contextlib.ExitStack() as held:
+        with self.serving(constants=FEW) as server, contextlib.ExitStack() as held:
             begun = held.enter_context(Wire(server))
             begun.shake_hands()
             both = begun.bytes_of(lambda: (begun.tls.write(GET), begun.tls.write(ENDING_GET)))
@@ -550,28 +493,13 @@ class TestCapacity(ConnectionCase):
                 self.assert_ends_well(talk)
             begun.plain.sendall(both[-20:])
             self.assertRegex(begun.hear(), b"^HTTP/1.1 200 (?s:.*)HTTP/1.1 200 ", "half a record is no idle connection")
-            served = [busy, *idle[2:], *newcomers, *kept_alive(server, held, 1)]
-            for talk in served[1:]:
-                talk.begin_post()
-            self.assert_newcomer_waits(server, served)
-
-    def test_places_of_clients_that_may_not_use_the_server(self) -> None:
-        """They have some places and no more, whatever they are doing; listed clients do not notice them."""
-        with self.serving_few() as server, contextlib.ExitStack() as held:
-            idle = kept_alive(server, held, 3)
-            unlisted: list[Talk] = []
-            for number in range(5):
-                with contextlib.suppress(OSError):
-                    unlisted += kept_alive(server, held, 1, "mallory")
-                    unlisted[-1].send(HALF if number % 2 else b"")
-            self.assertTrue(comes_true(lambda: sum(is_silent(talk.connection, 0.2) for talk in unlisted) <= 2))
-            for talk in idle:
+            self.assertEqual(busy.end_post().status, 201)
+            for talk in idle[2:] + newcomers:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)
-            self.assert_served(server)
 
     def test_who_is_dropped_before_the_handshake_is_complete(self) -> None:
         """The oldest that has not sent a whole ClientHello, while they have more than half of the places."""
-        with self.serving_few(pending=8) as server, contextlib.ExitStack() as held:
+        with self.serving(constants=FEW) as server, contextlib.ExitStack() as held:
             kept_alive(server, held, 6)
             far = [held.enter_context(Wire(server)) for _ in range(4)]   # far away: the rest of it takes its time
             flights = [wire.flight() for wire in far]
@@ -586,17 +514,25 @@ class TestCapacity(ConnectionCase):
             self.assertEqual({line[:len(LATE)] for line in rejected(server, 56)}, {LATE})
 
 
-class TestDescriptors(ConnectionCase):
+class TestDescriptors(ServerCase):
     """Crowds, and a server that may open only few files."""
 
     seconds = 6
 
+    def assert_waits_quietly(self, server: Server, newcomer: Wire) -> None:
+        """The newcomer hears nothing for a second, in which the server hardly computes."""
+        def processor_seconds() -> float:   # as clock_getcpuclockid(3) does it
+            return time.clock_gettime(~server.process.pid << 3 | 2) if server.at_rest else 0.0
+
+        started, computed = time.monotonic(), processor_seconds()
+        self.assertTrue(is_silent(newcomer.plain, 1.0), "the newcomer should have to wait")
+        share = (processor_seconds() - computed) / (time.monotonic() - started)
+        self.assertLess(share, 0.2, "the server is busy while the newcomer waits")
+
     def test_crowds(self) -> None:
         """A client is served among 2,000 pending connections; with `ulimit -n 320` or less, among 400; and so on."""
-        checks = [(self.crowd, limit) for limit in (320, 128, 100, 64, 40, 20)]
-        checks += [(self.fill, limit) for limit in (48, 24)]
-        if DESCRIPTORS >= 2600:
-            checks.append((self.crowd, 0))
+        crowds = (320, 128, 100, 64, 40, 20, *((0,) if DESCRIPTORS >= 2600 else ()))
+        checks = [*((self.crowd, limit) for limit in crowds), (self.fill, 48), (self.fill, 24)]
         with ThreadPoolExecutor(len(checks)) as pool:
             results = [pool.submit(check, limit) for check, limit in checks]
         for (check, limit), result in zip(checks, results, strict=True):
@@ -609,7 +545,7 @@ class TestDescriptors(ConnectionCase):
               contextlib.ExitStack() as clients):
             busy, *idle = kept_alive(server, clients, 1 if limit else 21)
             busy.begin_post()
-            for says in (b"", MOST_OF_A_HELLO):
+            for says in (b"", HALF_HELLO):
                 with contextlib.ExitStack() as held:
                     for _ in range(4 if limit else 10):
                         pending(server, held, 100 if limit else 200, says)
@@ -623,7 +559,7 @@ class TestDescriptors(ConnectionCase):
             self.assertEqual(busy.end_post().status, 201)
 
     def fill(self, limit: int) -> None:
-        """Connections in the middle of a request, until a newcomer has to wait; then one ends its request."""
+        """Connections in the middle of a request, until a newcomer has to wait, until one ends its request."""
         with self.serving(before=f"ulimit -n {limit}") as server, contextlib.ExitStack() as held:
             busy: list[Talk] = []
             with contextlib.suppress(TimeoutError):
@@ -635,18 +571,25 @@ class TestDescriptors(ConnectionCase):
             if talk not in busy:
                 talk.__exit__()
             self.assertIn(len(busy), range(1, limit), "how many have come in")
-            self.assert_newcomer_waits(server, busy)
+            with Wire(server) as newcomer:
+                newcomer.shake_hands()
+                newcomer.send(ENDING_GET)
+                self.assert_waits_quietly(server, newcomer)
+                self.assertEqual(busy[0].end_post().status, 201)
+                busy[0].__exit__()
+                self.assertRegex(newcomer.hear(), b"^HTTP/1.1 200 ")
+            for talk in busy[1:]:
+                self.assertEqual(talk.end_post().status, 201)
 
+    @unittest.skipUnless(hasattr(resource, "prlimit"), "needs Linux to take descriptors from a running process")
     def test_no_descriptor_left(self) -> None:
         """When accept() fails, newcomers wait while the server is at rest, and are served when one is free again."""
-        if not hasattr(resource, "prlimit"):
-            self.skipTest("needs Linux to take descriptors from a running process")
         with self.serving() as server:
             usual = resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE)
             resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (server.at_rest, usual[1]))
             with Wire(server) as newcomer:
                 newcomer.plain.sendall(newcomer.bytes_of(newcomer.tls.do_handshake))
-                self.assert_quiet_while(server, newcomer.plain, "the newcomer")
+                self.assert_waits_quietly(server, newcomer)
                 resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, usual)
                 newcomer.shake_hands()
                 newcomer.send(ENDING_GET)
@@ -659,7 +602,7 @@ class TestDescriptors(ConnectionCase):
             pass
 
 
-class TestStop(ConnectionCase):
+class TestStop(ServerCase):
     """What becomes of connections when the server is told to stop."""
 
     def test_a_running_request_is_finished(self) -> None:

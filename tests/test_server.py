@@ -426,7 +426,7 @@ class TestEndpoints(HttpCase):
             for talk in talks:
                 talk.send(get())
             for talk in talks:   # all have begun to be answered
-                self.assertEqual(talk.file.peek(1)[:12], b"HTTP/1.1 200")   # type: ignore[attr-defined]
+                self.assertEqual(talk.file.peek(1)[:12], b"HTTP/1.1 200")
             self.assertEqual(talks[-1].answer().body, listing)
             self.assert_served(server)
             self.assertLess(server.peak_memory(), 150)
@@ -553,7 +553,7 @@ class TestLog(ServerCase):
         numbers = [int(found) for line in lines for found in re.findall(r"n=(\d+) HTTP", line)]
         self.assertEqual(numbers, sorted(set(numbers)), "what is logged stands in its order")
         self.assertIn(len(numbers), range(at_least, requests), "the queue has its length, and the pipe has an end")
-        dropped = re.findall(r"\[SERVER\] LOG \| (\d+) entries dropped: .* not read fast enough\n", "\n".join([*lines, ""]))
+        dropped = re.findall(r"\[SERVER\] LOG \| (\d+) entries dropped: .* not read fast enough", "\n".join(lines))
         self.assertEqual(len(numbers) + sum(map(int, dropped)), requests)
         for line, following in zip(lines, [*lines[1:], "serving"], strict=True):
             self.assertTrue("REQUEST" not in line or "serving" in following, "an entry is logged or dropped whole")

@@ -382,7 +382,7 @@ AUTHORITY = rb"(?:[a-z0-9._~!$&'()*+,;=%-]*|\[[0-9a-f:.]+\])(?::[0-9]*)?"
 
 def reference(data: bytes) -> list[tuple[int, bytes, bool]]:
     """A second reading of RFC 9112: of each request its status, what `Echo` says, and whether that is the end."""
-    verdicts = []
+    verdicts: list[tuple[int, bytes, bool]] = []
     while not re.fullmatch(EMPTY + rb"\r?", data):
         refused = 400, b"", True
         found = HEAD.match(data)

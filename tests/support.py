@@ -190,6 +190,21 @@ def lab() -> Lab:
     return shared
 
 
+@once
+def other_lab() -> Lab:
+    """A lab whose CA is another one with the same name."""
+    other = Lab("other")
+    other.generate(PREPARED_SET="other")
+    return other
+
+
+def copy_of_lab(name: str) -> Lab:
+    """A lab with the certificates of the shared one, that a test may change."""
+    copy = Lab(name)
+    shutil.copytree(lab().certs, copy.certs, dirs_exist_ok=True)
+    return copy
+
+
 _CA = """[req]
 distinguished_name = empty
 [empty]
@@ -327,6 +342,12 @@ class Server(contextlib.AbstractContextManager["Server"]):
     def has(self, what: str) -> int:
         """How many descriptors ("fd") or threads ("task") it has; 0 where there is no /proc."""
         return len(list(Path("/proc", str(self.process.pid), what).glob("*")))
+
+    def peak_memory(self) -> float:
+        """The most that it has had resident so far, in MB; 0 where there is no /proc."""
+        for status in Path("/proc", str(self.process.pid)).glob("status"):
+            return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) / 1024
+        return 0
 
     def settles(self, seconds: float = 6.0) -> bool:
         """Whether it is back to the descriptors that it started with, within the given time."""

@@ -22,16 +22,17 @@ from tests.support import (
     ServerCase,
     Talk,
     comes_true,
+    copy_of_lab,
     environment,
     issue,
     lab,
     new_folder,
     openssl,
+    other_lab,
     prepared_path,
     side_by_side,
     succeed,
 )
-from tests.test_server import copy_of_lab, other_lab
 
 sys.path.insert(0, str(ROOT / "server"))
 import certificates as module

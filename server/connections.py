@@ -264,7 +264,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.phase is Phase.HANDSHAKE:
             self.drop(TimeoutError(f"no complete handshake within {DEADLINES[Phase.HANDSHAKE]:.0f} s"))
         elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST):
-            self.wake()
+            self.server.loop.call_soon(self.wake)   # after what this turn of the loop still reads: it is answered
         else:
             self.transport.abort()
 

@@ -1,4 +1,4 @@
-"""The connections of the server (connections.py, event_loop.py): what waits too long ends, and the others are served."""
+"""The server's connections (connections.py, event_loop.py): what waits too long ends, and the others are served."""
 
 from __future__ import annotations
 

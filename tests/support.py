@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import compileall
 import contextlib
 import functools
 import http.client
 import json
 import os
 import pty
+import queue
 import random
 import re
 import resource
@@ -138,6 +140,44 @@ def prepared_path() -> str:
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
+# Starting Python takes several times as long as what a client does. This one has started, and forks for each run.
+_FORKING = """if True:
+    import argparse, gettext, http.client, json, locale, os, shutil, signal, ssl, sys, tempfile, urllib.request
+    for line in sys.stdin:
+        code, sys.argv, variables, folder = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            if not (child := os.fork()):
+                for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())):
+                    os.dup2(descriptor, number)
+                os.environ.clear()
+                os.environ.update(variables)
+                os.chdir(folder)
+                signal.alarm(60)
+                exec(code)
+                sys.exit()
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            said = [os.pread(file.fileno(), 10 ** 7, 0).decode(errors="surrogateescape") for file in (out, err)]
+        print(json.dumps([status, *said]), flush=True)
+"""
+_waiting: queue.LifoQueue[subprocess.Popen[str]] = queue.LifoQueue()
+
+
+def forked(code: str, *arguments: str, env: Mapping[str, str | None] | None = None,
+           cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python code that needs no Python of its own; ``arguments`` are its sys.argv."""
+    try:
+        python = _waiting.get_nowait()
+    except queue.Empty:
+        python = subprocess.Popen([sys.executable, "-W", "error", "-c", _FORKING], env=environment(), text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        atexit.register(python.communicate)   # and so it ends
+    assert python.stdin and python.stdout
+    print(json.dumps([code, arguments, environment(env), str(cwd or scratch())]), file=python.stdin, flush=True)
+    code_and_output = json.loads(python.stdout.readline())
+    _waiting.put(python)
+    return subprocess.CompletedProcess(arguments, *code_and_output)
+
+
 def free_port() -> str:
     """A port for a program that needs a fixed one, outside the range from which the system picks free ports."""
     while True:
@@ -147,16 +187,25 @@ def free_port() -> str:
             return str(port)
 
 
+@once
+def compiled() -> Path:
+    """The project's programs, compiled, so that not every copy has to do it anew."""
+    folder = new_folder("compiled")
+    for pattern in ("certs/*.sh", "certs/*.cnf", "server/*.py", "client/*.py"):
+        for file in ROOT.glob(pattern):
+            (folder / file.parent.name).mkdir(exist_ok=True)
+            shutil.copy(file, folder / file.parent.name)
+    compileall.compile_dir(folder, quiet=1)
+    return folder
+
+
 class Lab:
     """A copy of the project, without certificates until `generate` or `issue` makes them."""
 
     def __init__(self, name: str = "lab") -> None:
         self.root = new_folder(name) / "mtls-lab"
         self.certs = self.root / "certs"
-        for pattern in ("certs/*.sh", "certs/*.cnf", "server/*.py", "client/*.py"):
-            for file in ROOT.glob(pattern):
-                (self.root / file.parent.name).mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, self.root / file.parent.name)
+        shutil.copytree(compiled(), self.root)
 
     def generate(self, *arguments: str, **variables: str) -> None:
         """Run gen_certs.sh with prepared keys and no terminal."""

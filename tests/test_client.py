@@ -25,6 +25,7 @@ from tests.support import (
     Lab,
     Server,
     environment,
+    forked,
     free_port,
     in_terminal,
     issue,
@@ -182,15 +183,10 @@ def run(case: Case, root: Path | None = None) -> subprocess.CompletedProcess[str
         with other_server(case.server) as url:
             arguments = ("--url", url.replace("127.0.0.1", case.host), *case.arguments)
             return run(case._replace(server=None, arguments=arguments))
-    folder = (root or lab().root) / "client"
-    start = [str(folder / f"{case.program}.py")]
-    if case.before:
-        start = ["-c", f"import sys; sys.path.insert(0, {str(folder)!r}); import exchange, {case.program} as program\n"
-                       f"{case.before}\nprogram.main()"]
-    env = environment({"https_proxy": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9", **case.env})
-    return subprocess.run([sys.executable, "-W", "error", *start, *case.arguments], env=env, cwd=root or scratch(),
-                          stdin=subprocess.DEVNULL, capture_output=True, check=False, encoding="utf-8",
-                          errors="surrogateescape", timeout=PATIENCE * 2)
+    code = (f"import sys; sys.path.insert(0, {str((root or lab().root) / 'client')!r})\n"
+            f"import exchange, {case.program} as program\n{case.before}\nprogram.main()")
+    env = {"https_proxy": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9", **case.env}
+    return forked(code, case.program, *case.arguments, env=env, cwd=root)
 
 
 class ClientCase(unittest.TestCase):
@@ -219,8 +215,9 @@ class TestOurServer(ClientCase):
         page = section("With a certificate").blocks[1].content
         for encoding, letter in ((None, "ñ"), ("ascii", r"\xf1")):   # ascii: a terminal that cannot show it
             with self.subTest(encoding), Server(lab()) as server:
-                env = {"LC_ALL": "C", "PYTHONIOENCODING": encoding, "MTLS_SERVER_PORT": str(server.port)}
-                result = run(Case(CLIENT, "", env=env))
+                env = {"LC_ALL": "C", "PYTHONIOENCODING": encoding, "MTLS_SERVER_PORT": str(server.port),
+                       "https_proxy": "http://127.0.0.1:9", "ALL_PROXY": "http://127.0.0.1:9"}
+                result = lab().run("client/client.py", env=env)
                 shown = page.replace("8443", str(server.port)).replace("ñ", letter)
                 self.assertEqual((result.returncode, result.stderr, result.stdout), (0, "", shown))
 

@@ -96,10 +96,14 @@ def comes_true(condition: Callable[[], object], seconds: float = PATIENCE) -> bo
     return True
 
 
-def succeed(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str | None] | None = None) -> str:
-    """Run a command without a terminal; returns all that it prints, raises AssertionError with it on failure."""
-    result = subprocess.run(command, cwd=cwd or scratch(), env=environment(env), stdin=subprocess.DEVNULL, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+def succeed(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str | None] | None = None,
+            typed: str = "") -> str:
+    """Run a command without a terminal; returns all that it prints, raises AssertionError with it on failure.
+
+    What is ``typed`` comes from a pipe. Without a terminal, openssl reads a password from there, too.
+    """
+    result = subprocess.run(command, cwd=cwd or scratch(), env=environment(env), input=typed, text=True, check=False,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     if result.returncode:
         raise AssertionError(f"{command} failed:\n{result.stdout}")
     return result.stdout
@@ -211,6 +215,15 @@ class Lab:
         """Run gen_certs.sh with prepared keys and no terminal."""
         succeed("bash", self.certs / "gen_certs.sh", *arguments, env={"PATH": prepared_path(), **variables})
 
+    def take(self, steps: str) -> str:
+        """Run commands in the project's folder, as a program prints them; returns what they print.
+
+        To the question for a password the answer is "secret". $LAB and $OTHER are the certs/ of the shared labs.
+        """
+        return succeed("sh", "-c", steps, cwd=self.root, typed="secret\n", env={
+            "PATH": prepared_path(), "MTLS_PFX_PASSWORD": "secret", "LAB": str(lab().certs),
+            "OTHER": str(other_lab().certs)})
+
     def run(self, script: str, *arguments: str,
             env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
         """Run one of the Python programs, as in ``run("client/client.py", "--url", ...)``."""
@@ -248,10 +261,14 @@ def other_lab() -> Lab:
     return other
 
 
-def copy_of_lab(name: str) -> Lab:
-    """A lab with the certificates of the shared one, that a test may change."""
+def copy_of_lab(name: str, spoil: str = "") -> Lab:
+    """A lab with the certificates of the shared one, that a test may change; first, by the commands ``spoil``."""
     copy = Lab(name)
-    shutil.copytree(lab().certs, copy.certs, dirs_exist_ok=True)
+    for file in lab().certs.iterdir():
+        if file.stem in ("ca", "server", "client", "mallory"):   # not what other tests add
+            shutil.copy(file, copy.certs)
+    if spoil:
+        copy.take(spoil)
     return copy
 
 

@@ -6,7 +6,6 @@ import contextlib
 import functools
 import os
 import re
-import shutil
 import socket
 import socketserver
 import ssl
@@ -20,24 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import (
-    PATIENCE,
-    Lab,
-    Server,
-    environment,
-    forked,
-    free_port,
-    in_terminal,
-    issue,
-    lab,
-    new_folder,
-    once,
-    openssl,
-    prepared_path,
-    scratch,
-    side_by_side,
-    succeed,
-)
+from tests import support
+from tests.support import PATIENCE, Lab, Server, copy_of_lab, forked, issue, lab, openssl, succeed
 from tests.test_readme import section
 
 CLIENT, NEGATIVE = "client", "client_no_cert"
@@ -145,17 +128,6 @@ def http(status: str, body: bytes = b"", *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
-@once
-def other_ca() -> Path:
-    """A folder with certificates of another CA of the same name; chain.crt is its server.crt with ca.crt."""
-    other = Lab("another CA")
-    other.generate(PREPARED_SET="second")
-    certs = other.certs
-    (certs / "chain.crt").write_text((certs / "server.crt").read_text() + (certs / "ca.crt").read_text())
-    shutil.copy(certs / "server.key", certs / "chain.key")
-    return certs
-
-
 class Case(NamedTuple):
     """A run of a client and how it should end."""
 
@@ -194,7 +166,7 @@ class ClientCase(unittest.TestCase):
 
     def check(self, cases: list[Case], run: Callable[[Case], subprocess.CompletedProcess[str]] = run) -> None:
         """Run the clients, a few at a time; each must end as its case says, without what could steer a terminal."""
-        for case, result in zip(cases, side_by_side(run, cases), strict=True):
+        for case, result in zip(cases, support.side_by_side(run, cases), strict=True):
             with self.subTest(case.program, words=case.words):
                 said = result.stdout + result.stderr
                 self.assertEqual(result.returncode, case.code, said)
@@ -261,17 +233,16 @@ class TestOurServer(ClientCase):
         heads = [f"{head} >/dev/null" for head in ("| head -n 1", "-v | head -n 2", "| head -n 15")]
         full = [">/dev/full; [ $? = %d ]"] if Path("/dev/full").exists() else []   # only Linux has it
         with Server(lab()) as server:
-            for name, code in ((CLIENT, 1), (NEGATIVE, 2)):
+            for name, code in ((CLIENT, "1"), (NEGATIVE, "2")):
                 for redirection in heads + full:
                     with self.subTest(name, redirection=redirection):
-                        command = ["sh", "-c", f'"$1" "$2" --url "$3" {redirection.replace("%d", str(code))}', "sh",
-                                   sys.executable, str(lab().root / "client" / f"{name}.py"), server.url]
-                        result = subprocess.run(command, capture_output=True, text=True, env=environment(), check=False)
-                        self.assertEqual((result.returncode, result.stdout, result.stderr), (0, "", ""))
+                        self.assertEqual("", succeed(
+                            "sh", "-c", f'"$1" "$2" --url "$3" {redirection.replace("%d", code)}', "sh",
+                            sys.executable, lab().root / "client" / f"{name}.py", server.url))
 
     def test_key_log(self) -> None:
         """SSLKEYLOGFILE gets the session's secrets, in a file that is its owner's alone."""
-        folder = new_folder("keylog")
+        folder = support.new_folder("keylog")
         (folder / "old").write_text("# before\n")
         (folder / "old").chmod(0o644)
         (folder / "link").symlink_to("target")
@@ -299,9 +270,8 @@ class TestStart(ClientCase):
 
     def test_files(self) -> None:
         """Files that are missing or that we may not read. Where there is a CA, no step would replace it."""
-        certs = lab().certs
-        shutil.copy(certs / "client.key", certs / "locked.key")
-        (certs / "locked.key").chmod(0)
+        certs = copy_of_lab("files", """cp certs/client.key certs/locked.key; chmod 0 certs/locked.key
+            openssl rsa -aes128 -passout pass:secret -in certs/client.key -out certs/secret.key""").certs
         # Root may read everything: it becomes nobody, who can reach the files only from inside their folder.
         leave = f"import gettext, locale, os, shutil; os.chdir({str(certs)!r}); os.getuid() or os.setuid(65534)"
         missing, right = r"cannot use .*/{} \(No such file .*\); {}$", r"is this the right path\?"
@@ -309,18 +279,17 @@ class TestStart(ClientCase):
         if os.getuid() == 0:
             secret, public = f"it belongs to {certs.owner()}, and a private key is for its owner", "no secret.$"
         self.check([
-            Case(CLIENT, "client 'b;b'$", arguments=("--key", str(certs / "b;b.key"))),
+            Case(CLIENT, "client 'b;b'$", arguments=("--key", str(lab().certs / "b;b.key"))),
             *(Case(program, missing.format("such", right), code, (option, "/no/such"))
               for program, code, option in ((CLIENT, 1, "--cert"), (CLIENT, 1, "--cacert"), (NEGATIVE, 2, "--cacert"))),
-            Case(CLIENT, "Is a directory.*right path", arguments=("--cert", str(scratch()))),
+            Case(CLIENT, "Is a directory.*right path", arguments=("--cert", str(support.scratch()))),
             *(Case(CLIENT, "/dev/null: it is empty; is it the right one", arguments=(option, "/dev/null"))
               for option in ("--cert", "--key")),
             Case(NEGATIVE, "/dev/null: it is empty; is it the right one", 2, ("--cacert", "/dev/null")),
             Case(CLIENT, f"locked.key .*{secret}", 1, ("--cert", "ca.crt", "--key", "locked.key"), before=leave),
             Case(NEGATIVE, f"locked.key .*{public}", 2, ("--cacert", "locked.key"), before=leave),
         ])
-        openssl("rsa", "-aes128", "-passout", "pass:secret", "-in", certs / "client.key", "-out", certs / "secret.key")
-        code, shown = in_terminal([sys.executable, str(lab().root / "client" / "client.py"),
+        code, shown = support.in_terminal([sys.executable, str(lab().root / "client" / "client.py"),
                                    "--key", str(certs / "secret.key")])   # where OpenSSL could ask for the password
         self.assertEqual(code, 1)
         self.assertRegex(shown, r"\A\[CLIENT\] ERROR: .*secret.key: it has a password; ")
@@ -353,20 +322,6 @@ class TestStart(ClientCase):
                  ("--cert", str(lab().certs / "client.crt"), str(lab().certs / "client.key"))),
             Case(CLIENT, "MTLS_SERVER_PORT", 0, ("--help",)),
         ])
-
-    def test_old_python(self) -> None:
-        """All three programs say in one line that it is too old."""
-        folders = (Path("/usr/bin"), Path("/usr/local/bin"), *Path.home().glob(".pyenv/versions/*/bin"))
-        old = [python for folder in folders for python in folder.glob("python3.[6-9]")]
-        if not old:
-            self.skipTest("needs a Python older than 3.10")
-        for python in old:
-            for program in ("client/client.py", "client/client_no_cert.py", "server/server.py"):
-                result = subprocess.run([python, lab().root / program], env=environment(), capture_output=True,
-                                        text=True, check=False)
-                self.assertRegex(result.stderr, rf"\A{program.split('/')[1]}: needs Python 3\.10 or newer, "
-                                                r"this is 3\.\d\.\d+\n\Z")
-                self.assertEqual((result.returncode, result.stdout), (1, ""))
 
 
 class Trouble(NamedTuple):
@@ -424,7 +379,7 @@ TROUBLES = [
             "(umask 077; openssl rsa -inform DER -in certs/a.der -out certs/a.pem)",
             "--key certs/a.der", "--key certs/a.pem"),
     # What the server refuses
-    Trouble("for e in crt key; do cp certs/expired-client.$e certs/client.$e; done",
+    Trouble('for e in crt key; do cp "$LAB"/expired-client.$e certs/client.$e; done',
             "refused us: certificate expired; .*/client.crt.? has expired" + NEW, RENEW),
     Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key certs', "refused us: unknown ca; it does not trust the CA "
             "that issued .*/client.crt'?: is it our server. If so, make a new one: ", RENEW),
@@ -435,7 +390,7 @@ TROUBLES = [
     # What the client refuses
     Trouble("openssl x509 -req -in certs/server.csr -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial "
             "-out certs/server.crt", "mismatch, .* for '127.0.0.1'; where .* then: ", RENEW, serve=True),
-    Trouble("for e in crt key; do cp certs/expired-server.$e certs/server.$e; done",
+    Trouble('for e in crt key; do cp "$LAB"/expired-server.$e certs/server.$e; done',
             "certificate has expired; renew it where the server runs: ", RENEW, serve=True),
 ]
 
@@ -451,7 +406,7 @@ class TestNextSteps(ClientCase):
                                    ("server", "/CN=localhost", "subjectAltName = IP:127.0.0.1")):
             issue(lab(), f"expired-{name}", subject, use, "20200101000000Z", "20200201000000Z")
         with Server(lab(), "--allow-cn", "mtls-client", "mallory", "alice") as server:
-            outcomes = side_by_side(functools.partial(self.overcome, server.url), TROUBLES)
+            outcomes = support.side_by_side(functools.partial(self.overcome, server.url), TROUBLES)
         for trouble, (before, after) in zip(TROUBLES, outcomes, strict=True):
             with self.subTest(cause=trouble.cause, arguments=trouble.arguments):
                 self.assertRegex(before, rf"\[CLIENT\] ERROR: .*{trouble.words}{re.escape(trouble.step)}\n\Z")
@@ -459,11 +414,7 @@ class TestNextSteps(ClientCase):
 
     def overcome(self, shared: str, trouble: Trouble) -> tuple[str, str]:
         """What the client says in a lab with this trouble, and once it has taken the step."""
-        own, secret = Lab("trouble"), {"PATH": prepared_path(), "MTLS_PFX_PASSWORD": "secret", "OTHER": str(other_ca())}
-        for file in ("ca", "server", "client", "mallory", "expired-server", "expired-client"):
-            for path in lab().certs.glob(f"{file}.*"):
-                shutil.copy(path, own.certs)
-        succeed("sh", "-c", trouble.cause or ":", cwd=own.root, env=secret)
+        own = copy_of_lab("trouble", trouble.cause)
 
         def says(arguments: str) -> str:
             with contextlib.ExitStack() as stack:
@@ -475,16 +426,14 @@ class TestNextSteps(ClientCase):
         before = says(trouble.arguments)
         if trouble.step.startswith("--"):
             return before, says(f"{trouble.arguments} {trouble.step}")
-        # What is asked at a terminal is an option here, and NAME a name.
-        command = re.sub("(rsa|pkcs12) -in", r"\1 -passin pass:secret -in", trouble.step.replace("NAME", "alice"))
-        said = succeed("sh", "-c", command, cwd=own.root, env=secret)
-        if "umask" in command:
-            self.assertEqual((own.root / command.rstrip(")").split()[-1]).stat().st_mode & 0o777, 0o600)
+        said = own.take(trouble.step.replace("NAME", "alice"))
+        if "umask" in trouble.step:
+            self.assertEqual((own.root / trouble.step.rstrip(")").split()[-1]).stat().st_mode & 0o777, 0o600)
         return before, f"{said}\n{says(trouble.arguments if trouble.then is None else trouble.then)}"
 
     def test_server(self) -> None:
         """What is wrong with where the server listens, or with whom it admits."""
-        port = free_port()
+        port = support.free_port()
         mallory = tuple(word.replace("certs", str(lab().certs)) for word in MALLORY.split())
         refused = (rf"nothing listens on port {port}; start it there: python3 server/server.py --port {port}; "
                    r"if it runs on another port, name that: export MTLS_SERVER_PORT=PORT \(or --url\)$")
@@ -508,7 +457,8 @@ class TestOtherServers(ClientCase):
 
     def test_untrusted(self) -> None:
         """A certificate that does not verify: both tell why, and what to do about just that."""
-        certs, other, host = lab().certs, other_ca(), "subjectAltName = IP:127.0.0.1"
+        certs, other, host = lab().certs, copy_of_lab("other", """cp "$OTHER"/* certs; cd certs
+            cat server.crt ca.crt >chain.crt; cp server.key chain.key""").certs, "subjectAltName = IP:127.0.0.1"
         issue(lab(), "expired", "/CN=s", host, "20200101000000Z", "20200201000000Z")
         issue(lab(), "early", "/CN=s", host, "20440101000000Z", "20450101000000Z")
         issue(lab(), "elsewhere", "/CN=127.0.0.1", "subjectAltName = DNS:localhost")

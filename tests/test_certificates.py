@@ -262,7 +262,8 @@ class TestLook(unittest.TestCase):
                 os.close(free)
                 return free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(*has(30, 0), *has(100, 30))"""
-        said = support.succeed(sys.executable, "-W", "error", "-c", program, copy_of_lab("many").certs, cwd=support.ROOT)
+        said = support.succeed(sys.executable, "-W", "error", "-c", program, copy_of_lab("many").certs,
+                               cwd=support.ROOT)
         free, memory, free_then, memory_then = map(int, said.split())
         self.assertEqual(free, free_then)
         self.assertLess(memory_then, memory * 1.03)

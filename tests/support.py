@@ -262,13 +262,13 @@ def other_lab() -> Lab:
 
 
 def copy_of_lab(name: str, spoil: str = "") -> Lab:
-    """A lab with the certificates of the shared one, that a test may change; first, by the commands ``spoil``."""
+    """A lab with the certificates of the shared one, that a test may change; first, by commands in its certs/."""
     copy = Lab(name)
     for file in lab().certs.iterdir():
         if file.stem in ("ca", "server", "client", "mallory"):   # not what other tests add
             shutil.copy(file, copy.certs)
     if spoil:
-        copy.take(spoil)
+        copy.take(f"cd certs; {spoil}")
     return copy
 
 

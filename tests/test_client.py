@@ -267,8 +267,8 @@ class TestStart(ClientCase):
 
     def test_files(self) -> None:
         """Files that are missing or that we may not read. Where there is a CA, no step would replace it."""
-        certs = copy_of_lab("files", """cp certs/client.key certs/locked.key; chmod 0 certs/locked.key
-            openssl rsa -aes128 -passout pass:secret -in certs/client.key -out certs/secret.key""").certs
+        certs = copy_of_lab("files", "cp client.key locked.key; chmod 0 locked.key; "
+                            "openssl rsa -aes128 -passout pass:secret -in client.key -out secret.key").certs
         # Root may read everything: it becomes nobody, who can reach the files only from inside their folder.
         leave = f"import gettext, locale, os, shutil; os.chdir({str(certs)!r}); os.getuid() or os.setuid(65534)"
         missing, right = r"cannot use .*/{} \(No such file .*\); {}$", r"is this the right path\?"
@@ -324,7 +324,7 @@ class TestStart(ClientCase):
 class Trouble(NamedTuple):
     """Something that is wrong in a lab, what client.py says of it, and how the lab is put right."""
 
-    cause: str                    # shell commands in the lab's folder that bring it about
+    cause: str                    # shell commands in certs/ that bring it about
     words: str                    # what the client says before the step, a regular expression
     step: str                     # the step: options, or a command
     arguments: str = ""           # the client's
@@ -334,60 +334,58 @@ class Trouble(NamedTuple):
 
 RENEW, NEW_CA = "bash certs/gen_certs.sh renew", "bash certs/gen_certs.sh"
 NEW, MISSING, MISFIT = "; make a new one: ", r" \(No such file or directory\)", "do not belong together; .*: "
-ALICE, MALLORY, PEM = (f"--cert certs/{pair[0]} --key certs/{pair[1]}" for pair in (
-    ("alice.crt", "alice.key"), ("mallory.crt", "mallory.key"), ("client.pem", "client.pem")))
+CLIENTS, SERVERS, ALICE, MALLORY = (f"--cert certs/{name}.crt --key certs/{name}.key" for name in (
+    "client", "server", "alice", "mallory"))
 TROUBLES = [
     # A file is missing, or is not what it should be
-    *(Trouble(f"rm certs/client.{ending}", f"/client.{ending}{MISSING}{NEW}", RENEW) for ending in ("crt", "key")),
-    *(Trouble(cause, f"certs/ca.crt.*{words}; make it again from its key: ", "openssl req -new -x509 -days 3650 "
-              "-key certs/ca.key -out certs/ca.crt -config certs/ca.cnf") for cause, words in (
-        ("rm certs/ca.crt", MISSING), (": >certs/ca.crt", "it is empty"), ("echo x >certs/ca.crt", "no certificate"))),
-    *(Trouble(cause, f"{MISSING}; {words}: ", NEW_CA, serve=True) for cause, words in (
-        ("rm certs/*.crt certs/*.key", "make the certificates"),
-        ("rm certs/client.key certs/ca.key", "copy it from the machine that has ca.key; if .*"))),
-    Trouble("echo junk >certs/client.crt", "it holds no certificate" + NEW, RENEW),
-    Trouble("sed -i.old 5d certs/client.crt", "/client.crt: it is damaged" + NEW, RENEW),
+    *(Trouble(f"rm client.{ending}", f"/client.{ending}{MISSING}{NEW}", RENEW) for ending in ("crt", "key")),
+    *(Trouble(cause, f"certs/ca.crt.*{words}; make it again from its key: ",
+              "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf")
+      for cause, words in (
+        ("rm ca.crt", MISSING), (": >ca.crt", "it is empty"), ("echo x >ca.crt", "no certificate"))),
+    Trouble("rm *.crt *.key", MISSING + "; make the certificates: ", NEW_CA, serve=True),
+    Trouble("rm client.key ca.key", MISSING + "; copy it from the machine that has ca.key; .*: ", NEW_CA, serve=True),
+    Trouble("echo junk >client.crt", "it holds no certificate" + NEW, RENEW),
+    Trouble("sed -i.old 5d client.crt", "/client.crt: it is damaged" + NEW, RENEW),
     *(Trouble(cause, f"/client.key.* {words}; move it and make another: ",
-              "mv certs/client.key certs/client.old.key; " + RENEW, "--cert certs/client.crt --key certs/client.key")
-      for cause, words in ((": >certs/client.key", "is empty"), ("sed -i.old 5d certs/client.key", "is damaged"))),
+              "mv certs/client.key certs/client.old.key; " + RENEW, CLIENTS)
+      for cause, words in ((": >client.key", "is empty"), ("sed -i.old 5d client.key", "is damaged"))),
     Trouble("", "alice.crt" + MISSING + NEW, NEW_CA + " client alice", ALICE),
-    Trouble("rm certs/mallory.crt", "/mallory.crt" + MISSING + NEW, RENEW + " mallory", MALLORY),
+    Trouble("rm mallory.crt", "/mallory.crt" + MISSING + NEW, RENEW + " mallory", MALLORY),
     # Another file than was meant
-    *(Trouble(cause, MISFIT, "--key certs/mallory.key", MALLORY.split(" --key")[0])
-      for cause in ("", "rm certs/client.key")),
+    Trouble("", MISFIT, "--key certs/mallory.key", "--cert certs/mallory.crt"),
+    Trouble("rm client.key", MISFIT, "--key certs/mallory.key", "--cert certs/mallory.crt"),
     Trouble("", MISFIT, "--cert certs/mallory.crt", "--key certs/mallory.key"),
-    Trouble("openssl ecparam -name prime256v1 -genkey -noout -out certs/client.key", MISFIT, RENEW),
-    *(Trouble("", words, step, arguments) for words, step, arguments in (
-        ("holds a request, .*: ", "--cert certs/client.crt", "--cert certs/client.csr"),
-        ("holds a private key; .*: ", "--cert certs/client.crt", "--cert certs/client.key"),
-        ("holds a certificate; .*: ", "--key certs/client.key", "--key certs/client.crt"),
-        ("is not the certificate of a CA; .*: ", "--cacert certs/ca.crt", "--cacert certs/server.crt"))),
+    Trouble("openssl ecparam -name prime256v1 -genkey -noout -out client.key", MISFIT, RENEW),
+    Trouble("", "holds a request, .*: ", "--cert certs/client.crt", "--cert certs/client.csr"),
+    Trouble("", "holds a private key; .*: ", "--cert certs/client.crt", "--cert certs/client.key"),
+    Trouble("", "holds a certificate; .*: ", "--key certs/client.key", "--key certs/client.crt"),
+    Trouble("", "is not the certificate of a CA; .*: ", "--cacert certs/ca.crt", "--cacert certs/server.crt"),
     # Another form of file
-    Trouble("openssl rsa -aes128 -passout pass:secret -in certs/client.key -out certs/a.key", "has a password; .*: ",
+    Trouble("openssl rsa -aes128 -passout pass:secret -in client.key -out a.key", "has a password; .*: ",
             "(umask 077; openssl rsa -in certs/a.key -out certs/a.plain.key)",
             "--key certs/a.key", "--key certs/a.plain.key"),
-    Trouble("openssl pkcs12 -export -in certs/client.crt -inkey certs/client.key -certfile certs/ca.crt "
-            "-passout pass:secret -out certs/client.pfx", "is a PFX, .*: ",
+    Trouble("openssl pkcs12 -export -in client.crt -inkey client.key -certfile ca.crt -passout pass:secret "
+            "-out client.pfx", "is a PFX, .*: ",
             "(umask 077; openssl pkcs12 -in certs/client.pfx -clcerts -nodes -out certs/client.pem)",
-            "--cert certs/client.pfx", PEM),
-    Trouble("openssl x509 -in certs/client.crt -outform DER -out certs/a.der", "is in DER form, .*: ",
+            "--cert certs/client.pfx", "--cert certs/client.pem --key certs/client.pem"),
+    Trouble("openssl x509 -in client.crt -outform DER -out a.der", "is in DER form, .*: ",
             "openssl x509 -inform DER -in certs/a.der -out certs/a.pem", "--cert certs/a.der", "--cert certs/a.pem"),
-    Trouble("openssl rsa -in certs/client.key -outform DER -out certs/a.der", "is in DER form, .*: ",
+    Trouble("openssl rsa -in client.key -outform DER -out a.der", "is in DER form, .*: ",
             "(umask 077; openssl rsa -inform DER -in certs/a.der -out certs/a.pem)",
             "--key certs/a.der", "--key certs/a.pem"),
     # What the server refuses
-    Trouble('for e in crt key; do cp "$LAB"/expired-client.$e certs/client.$e; done',
+    Trouble('for e in crt key; do cp "$LAB"/expired-client.$e client.$e; done',
             "refused us: certificate expired; .*/client.crt.? has expired" + NEW, RENEW),
-    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key certs', "refused us: unknown ca; it does not trust the CA "
-            "that issued .*/client.crt'?: is it our server. If so, make a new one: ", RENEW),
-    Trouble('cp "$OTHER"/client.crt "$OTHER"/client.key .', "issued client.crt: .*If so, make one of its CA: ",
+    Trouble('cp "$OTHER"/client.* .', "refused us: unknown ca; it does not trust the CA that issued "
+            ".*/client.crt'?: is it our server. If so, make a new one: ", RENEW),
+    Trouble('cp "$OTHER"/client.* ..', "issued client.crt: .*If so, make one of its CA: ",
             NEW_CA + " client NAME", "--cert client.crt --key client.key", ALICE),
-    Trouble("", "unsupported certificate; .*: ", "--cert certs/client.crt --key certs/client.key",
-            "--cert certs/server.crt --key certs/server.key"),
+    Trouble("", "unsupported certificate; .*: ", CLIENTS, SERVERS),
     # What the client refuses
-    Trouble("openssl x509 -req -in certs/server.csr -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial "
-            "-out certs/server.crt", "mismatch, .* for '127.0.0.1'; where .* then: ", RENEW, serve=True),
-    Trouble('for e in crt key; do cp "$LAB"/expired-server.$e certs/server.$e; done',
+    Trouble("openssl x509 -req -in server.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out server.crt",
+            "mismatch, .* for '127.0.0.1'; where .* then: ", RENEW, serve=True),
+    Trouble('for e in crt key; do cp "$LAB"/expired-server.$e server.$e; done',
             "certificate has expired; renew it where the server runs: ", RENEW, serve=True),
 ]
 
@@ -454,8 +452,8 @@ class TestOtherServers(ClientCase):
 
     def test_untrusted(self) -> None:
         """A certificate that does not verify: both tell why, and what to do about just that."""
-        certs, other, host = lab().certs, copy_of_lab("other", """cp "$OTHER"/* certs; cd certs
-            cat server.crt ca.crt >chain.crt; cp server.key chain.key""").certs, "subjectAltName = IP:127.0.0.1"
+        certs, host = lab().certs, "subjectAltName = IP:127.0.0.1"
+        other = copy_of_lab("other", 'cp "$OTHER"/* .; cat server.crt ca.crt >chain.crt; cp server.key chain.key').certs
         issue(lab(), "expired", "/CN=s", host, "20200101000000Z", "20200201000000Z")
         issue(lab(), "early", "/CN=s", host, "20440101000000Z", "20450101000000Z")
         issue(lab(), "elsewhere", "/CN=127.0.0.1", "subjectAltName = DNS:localhost")

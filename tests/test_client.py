@@ -74,6 +74,7 @@ def resets(connection: socket.socket) -> None:
     connection.close()
 
 
+@functools.cache
 def speaks_tls(certificate: Path | None = None) -> ssl.SSLContext:
     """A server's context, for any client. It shows ``certificate`` (a path without .crt), or the lab's."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
@@ -98,7 +99,7 @@ def answers(data: bytes, certificate: Path | None = None, dripping: bool = False
 def refuses_late(data: bytes = b"", forged: int | None = None) -> Behaviour:
     """Prove who it is, send ``data``, and answer the request with an alert (bad_record_mac), as if it were damaged.
 
-    With ``forged`` it is a man in the middle of TLS 1.2: as soon as the server has proved who it is, he sends an alert.
+    With ``forged``, a man in the middle of TLS 1.2 sends that alert as soon as the server has proved who it is.
     """
     def behave(connection: socket.socket) -> None:
         incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
@@ -164,9 +165,9 @@ def run(case: Case, root: Path | None = None) -> subprocess.CompletedProcess[str
 class ClientCase(unittest.TestCase):
     """What tests of both clients share."""
 
-    def check(self, cases: list[Case], run: Callable[[Case], subprocess.CompletedProcess[str]] = run) -> None:
+    def check(self, cases: list[Case], root: Path | None = None) -> None:
         """Run the clients, a few at a time; each must end as its case says, without what could steer a terminal."""
-        for case, result in zip(cases, support.side_by_side(run, cases), strict=True):
+        for case, result in zip(cases, support.side_by_side(lambda case: run(case, root), cases), strict=True):
             with self.subTest(case.program, words=case.words):
                 said = result.stdout + result.stderr
                 self.assertEqual(result.returncode, case.code, said)
@@ -293,9 +294,8 @@ class TestStart(ClientCase):
 
     def test_nothing_there(self) -> None:
         """Without certificates, both name the command for them; with a silent server they give up at 10 s."""
-        empty = Lab("no certificates")
         words = "make the certificates: bash certs/gen_certs.sh$"
-        self.check([Case(CLIENT, words), Case(NEGATIVE, words, 2)], lambda case: empty.run(f"client/{case.program}.py"))
+        self.check([Case(CLIENT, words), Case(NEGATIVE, words, 2)], Lab("no certificates").root)
         with socket.create_server(("127.0.0.1", 0)) as silent:   # nobody accepts
             port = str(silent.getsockname()[1])
             self.check([Case(program, f"no answer from .*:{port}/todo within 10 s; is port {port} our server's", code,

@@ -424,7 +424,7 @@ class TestEndpoints(HttpCase):
                 self.assertGreater(len(listing), 6_000_000)   # more than the kernel's buffers take
             talks = [held.enter_context(Talk(server.connect())) for _ in range(200)]
             for talk in talks:
-                talk.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)   # or the kernel would read for it
+                talk.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)   # the kernel reads, too
                 talk.send(get())
             for talk in talks:   # all have begun to be answered
                 self.assertEqual(talk.file.peek(1)[:12], b"HTTP/1.1 200")

@@ -22,7 +22,7 @@ COPY --chmod=0444 server/certificates.py server/certificates.py
 COPY --chmod=0444 server/connections.py server/connections.py
 COPY --chmod=0444 server/event_loop.py server/event_loop.py
 COPY --chmod=0444 server/log.py server/log.py
-COPY --chmod=0444 server/reasons.py server/reasons.py
+COPY --chmod=0444 server/problems.py server/problems.py
 COPY --chmod=0444 server/strict_http.py server/strict_http.py
 COPY --chmod=0444 certs/ca.crt certs/ca.crt
 # "not found"? The certificates are made by: bash certs/gen_certs.sh (run it first, then build)

@@ -93,7 +93,7 @@ esac
 # (Not tried on Windows: whether the lock outlives the perl that took it.)
 { exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || cannot write gen_certs.sh ' (for the lock)'
 if command -v flock >/dev/null; then flock -n 9
-elif ! command -v perl >/dev/null; then fail 'neither flock nor perl is here; install one of them, for the lock'
+elif ! command -v perl >/dev/null; then fail 'neither flock nor perl is installed; install one of them, for the lock'
 else perl -e 'use Fcntl ":flock"; open(F, "+<&=", 9) && flock(F, LOCK_EX | LOCK_NB) or exit 1'
 fi || fail 'another run is at work on these certificates; try again when it has finished'
 
@@ -101,7 +101,7 @@ fi || fail 'another run is at work on these certificates; try again when it has 
 # did not finish moving its files, the former ones are still in old/: they go back.
 tidy_up() {
   local file
-  cd "$certs" 2>/dev/null || return 0   # Windows removes no current folder
+  cd "$certs" 2>/dev/null || return 0   # Windows cannot remove the current folder
   for file in .new.*/old/*; do
     [ ! -e "$file" ] || mv -f "$file" . || fail "cannot put certs/$file back into certs/; move it yourself"
   done
@@ -148,7 +148,7 @@ done
 for leaf in ca "${leaves[@]}"; do
   for file in "$leaf".{key,crt,csr,pfx,srl}; do
     [ ! -d "$certs/$file" ] ||
-      fail "certs/$file is a folder (Docker makes one for a mount that is not there); remove it: rmdir certs/$file"
+      fail "certs/$file is a folder (Docker creates one for a missing mount); remove it: rmdir certs/$file"
   done
 done
 
@@ -156,8 +156,8 @@ done
 
 is_there() { [ -e "$certs/$1" ]; }
 
-# fits x509|req FILE KEY: whether the certificate or CSR is that of the key. (Not both $(...) in
-# one command: bash 5.2 cannot run a trap between them.)
+# fits x509|req FILE KEY: whether the certificate or CSR belongs to the key. (One command with
+# both $(...) would not do: bash 5.2 cannot run a trap between them.)
 fits() {
   local public
   public=$(about "$1" -noout -pubkey -in "certs/$2") || :
@@ -171,7 +171,7 @@ of_lab() {
   [ "$ca" = "$(about x509 -noout -issuer_hash -in "$1")" ]
 }
 
-# of_former_ca FILE: whether it is of this lab, but the present CA does not vouch for it.
+# of_former_ca FILE: whether it is of this lab, but not from the present CA.
 of_former_ca() { of_lab "$1" && ! try openssl verify -CAfile "$certs/ca.crt" "$1"; }
 
 # take_key FILE STEP: STEP is what helps if it is no key.
@@ -188,8 +188,8 @@ take_key() {
   fail "$key holds no private key in PEM form; $2"
 }
 
-# take_ca: if the CA's certificate is lost, its key can make it again, and all that it has issued
-# stays valid. If the key is lost, a new CA is all that helps.
+# take_ca: if the CA's certificate is lost, its key can make it again, and everything that it
+# issued stays valid. If the key is lost, a new CA is the only way.
 take_ca() {
   local lost='if you cannot, make a new CA and all certificates: bash certs/gen_certs.sh'
   local again='make it again from its key: openssl req -new -x509 -days 3650 -key certs/ca.key'
@@ -211,7 +211,7 @@ take_ca() {
   grep -qs '^[0-9A-F]' certs/ca.srl || rm -f certs/ca.srl   # openssl makes one if there is none
 }
 
-# take_leaf NAME: its key and its CSR, if they are there and belong together.
+# take_leaf NAME: takes its key, and its CSR if that belongs to the key, for a new certificate.
 take_leaf() {
   [ -z "$(about x509 -noout -subject -in "$certs/$1.crt")" ] || of_lab "$certs/$1.crt" ||
     fail "certs/$1.crt is not from this lab's CA; to replace it, first move it: mv certs/$1.crt certs/$1.old.crt"
@@ -226,11 +226,11 @@ take_leaf() {
 
 made=(ca.srl)   # the files to be moved into place
 
-kind_of() { kind=client; [ "$1" != server ] || kind=server; }
-
-# request NAME: key and CSR, unless they are there.
-request() {
-  kind_of "$1"
+# issue NAME: key, CSR and certificate; a key and a CSR that are there already are used. Signing
+# copies nothing from the CSR: -extensions with -extfile puts SAN and EKU in.
+issue() {
+  local kind=client
+  [ "$1" != server ] || kind=server
   if [ ! -e "certs/$1.key" ]; then
     run genrsa -out "certs/$1.key" 2048
     made+=("$1.key")
@@ -239,12 +239,7 @@ request() {
     run req -new -key "certs/$1.key" -out "certs/$1.csr" -config "certs/$kind.cnf"
     made+=("$1.csr")
   fi
-}
-
-# sign NAME: the certificate. Signing copies nothing from the CSR: SAN and EKU come from the
-# section -extensions of the file -extfile.
-sign() {
-  kind_of "$1"
+  [ "$command:$1" != set:server ] || begin 'server certificate'
   run x509 -req -days 365 -in "certs/$1.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
     -out "certs/$1.crt" -extensions "v3_$kind" -extfile "certs/$kind.cnf"
   made+=("$1.crt")
@@ -333,24 +328,23 @@ if [ "$command" = set ]; then
   begin 'CA certificate'
   run req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf
   made+=(ca.key ca.crt)
-  begin 'server key and CSR'
-  request server
 fi
 
 for leaf in "${leaves[@]}"; do
   case $command:$leaf in
-    set:server | renew:*) begin "$leaf certificate" ;;
+    set:server) begin 'server key and CSR' ;;
+    renew:*) begin "$leaf certificate" ;;
     *) begin "$leaf key, CSR and certificate" ;;
   esac
-  request "$leaf"
-  sign "$leaf"
+  issue "$leaf"
 done
 
 [ -z "$client" ] || { begin PFX; export_pfx "$client"; }
 
 for leaf in "${leaves[@]}"; do
-  kind_of "$leaf"
-  run verify -x509_strict -purpose "ssl$kind" -CAfile certs/ca.crt "certs/$leaf.crt"
+  purpose=sslclient
+  [ "$leaf" != server ] || purpose=sslserver
+  run verify -x509_strict -purpose $purpose -CAfile certs/ca.crt "certs/$leaf.crt"
   printf '%s\n' "$said"   # certs/NAME.crt: OK
 done
 
@@ -398,11 +392,11 @@ esac
 for leaf in "${leaves[@]}"; do row "$leaf"; done
 [ -z "$client" ] || printf '  %-23s the same with the CA, for browsers\n' "$client.pfx"
 if [ -e replaced/ca.crt ]; then
-  printf 'The CA is new: what the former one issued no longer works.\n'
+  printf 'The CA is new: certificates from the former one no longer work.\n'
   for file in "$certs"/*.crt; do
     other=${file##*/} other=${other%.crt}
     ! of_former_ca "$file" ||
-      printf 'certs/%s.crt is of the former CA; renew it: bash certs/gen_certs.sh renew %s\n' "$other" "$other"
+      printf 'certs/%s.crt is from the former CA; renew it: bash certs/gen_certs.sh renew %s\n' "$other" "$other"
   done
 fi
 [ ! -e replaced/server.crt ] || printf 'A running server takes them up by itself.\n'

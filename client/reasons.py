@@ -1,7 +1,7 @@
 """Why something failed and what to do about it: one table for both clients.
 
-Each function finds out what can be known (OpenSSL's code, the alert, what a file holds) and takes the
-sentence and the step from the table. A step is never one that destroys something where a milder one exists.
+The functions find out what can be known (OpenSSL's code, the alert, what is in a file) and take the sentence and the
+next step from the table. Where a mild step helps, none is offered that destroys anything.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ NEW_CA = "bash certs/gen_certs.sh"
 REMAKE_CA = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
 
 # --- The table -----------------------------------------------------------------------------
-# In the texts, {make} is how to get the file anew, see make(); {cacert}, {cert}, {file} and the like are paths;
+# In the texts, {make} is how to get the file anew, see MAKE; {cacert}, {cert}, {file} and the like are paths;
 # {host} and {port} are those of the URL; {words} are OpenSSL's or the system's.
 
-OTHER_CA = ("another CA than {cacert} has issued it; is what listens on port {port} this lab's server? "
-            "Right after gen_certs.sh, try again in a second")
+OTHER_CA = ("it was not issued by the CA in {cacert}; make sure that the server on port {port} uses the same certs/ "
+            "(right after gen_certs.sh, try again in a second)")
 UNNAMED = f"where the server runs, add that name under alt_names in certs/server.cnf if it is not there, then: {RENEW}"
 
 UNTRUSTED = {   # The server's certificate does not verify, by OpenSSL's code for it
@@ -41,20 +41,20 @@ UNTRUSTED = {   # The server's certificate does not verify, by OpenSSL's code fo
     21: OTHER_CA,   # unable to verify the first certificate
     9: f"set the clock of this machine right; if it is right, renew the certificate where the server runs: {RENEW}",
     10: f"renew it where the server runs: {RENEW}",
-    26: f"it is not for servers; give the server one that is, where it runs: {RENEW}",
+    26: f"it is not for servers; renew server.crt where the server runs: {RENEW}",
     62: UNNAMED,    # host name mismatch
     64: UNNAMED,    # IP address mismatch
-    "no CA": "{cacert} is not the certificate of a CA; give the CA's: --cacert certs/ca.crt",
+    "no CA": "{cacert} is not the certificate of a CA; use the CA's: --cacert certs/ca.crt",
     "other": "is it our server?",
 }
 REFUSED = {   # The server refuses our certificate, by its alert (RFC 8446 section 6.2)
-    "unknown ca": "it trusts another CA than the one that issued {cert}: is it our server? If so, {of_its_ca}",
-    "decrypt error": "its CA has the name of the one that issued {cert}, but another key: is it our server? "
+    "unknown ca": "it does not trust the CA that issued {cert}: is it our server? If so, {of_its_ca}",
+    "decrypt error": "its CA has the same name as the one that issued {cert}, but another key: is it our server? "
                      "If so, {of_its_ca}",
     "certificate expired": "{cert} has expired; {make}",
     "bad certificate": "{cert} is damaged or not valid yet; compare both machines' clocks with its dates: "
                        "openssl x509 -noout -dates -in {cert}",
-    "unsupported certificate": "{cert} is not for clients; give a client's: "
+    "unsupported certificate": "{cert} is not for clients; use a client's: "
                                "--cert certs/client.crt --key certs/client.key",
     "certificate revoked": "{cert} has been revoked; ask whoever runs the server for another one",
     "certificate required": "it has not got {cert}; see the server's log",
@@ -66,46 +66,64 @@ REFUSED = {   # The server refuses our certificate, by its alert (RFC 8446 secti
 NO_ANSWER = {
     "refused": "no server at {url}: nothing listens on port {port}; start it there: {start}; "
                f"if it runs on another port, name that: {EXPORT} (or --url)",
-    "no port": "no server at {url}: nothing listens on port 443, which is meant where a URL names none; "
-               "name the server's: --url https://{host}:8443/todo",
+    "no port": "no server at {url}: nothing listens on port 443, the default; "
+               "add the server's port: --url https://{host}:8443/todo",
     "silent": f"no answer from {{url}} within {SILENCE:.0f} s; "
               "is port {port} our server's, and does it still run?",
-    "unknown host": "the name {host} leads to no address ({words}); correct it, or, "
+    "unknown host": "the host name {host} cannot be resolved ({words}); correct it, or, "
                     "for a server on this machine: --url https://127.0.0.1:8443/todo",
     "no TLS": "what listens on port {port} does not speak TLS ({words}); is that our server's port?",
     "too much": "{url} sent more than 1 MB; is it our server? If so, its list is too long: restart it",
     "other": "no HTTP answer from {url}: {words}; is our server there, and does it still run?",
 }
 NOT_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
-CONVERT_PFX = ("is a PFX, not PEM; convert it, and give the result as --cert and --key: "
+CONVERT_PFX = ("is a PFX, not PEM; convert it and use the result for both --cert and --key: "
                f"({PRIVATELY}openssl pkcs12 -in {{file}} -clcerts -nodes -out {{pem}})")
 FILES = {   # What should be in a file, and what is there
     ("certificate", "nothing"): "is empty; {make}",
     ("certificate", "certificate"): "is damaged; {make}",
     ("certificate", "other"): "holds no certificate; {make}",
-    ("certificate", "private key"): "holds a private key; give the certificate: {option} {crt}",
-    ("certificate", "encrypted key"): "holds a private key; give the certificate: {option} {crt}",
+    ("certificate", "private key"): "holds a private key; use the certificate: {option} {crt}",
+    ("certificate", "encrypted key"): "holds a private key; use the certificate: {option} {crt}",
     ("certificate", "request"): "holds a request, which becomes a certificate only when a CA signs it; "
-                                "give the certificate: {option} {crt}",
-    ("certificate", "DER"): "holds DER, not PEM; convert it, and give the result: "
+                                "use the certificate: {option} {crt}",
+    ("certificate", "DER"): "is in DER form, not PEM; convert it and use the result: "
                             "openssl x509 -inform DER -in {file} -out {pem}",
     ("certificate", "PFX"): CONVERT_PFX,
     ("private key", "nothing"): "is empty; {make}",
     ("private key", "private key"): "is damaged; {make}",
     ("private key", "other"): "holds no private key; {make}",
-    ("private key", "certificate"): "holds a certificate; give its private key: {option} {key}",
-    ("private key", "request"): "holds a request; give its private key: {option} {key}",
-    ("private key", "encrypted key"): "has a password; ask whoever made it for one without, or give a private copy "
-                                      f"without: ({PRIVATELY}openssl rsa -in {{file}} -out {{plain_key}})",
-    ("private key", "DER"): "holds DER, not PEM; convert it, and give the result: "
+    ("private key", "certificate"): "holds a certificate; use its private key: {option} {key}",
+    ("private key", "request"): "holds a request; use its private key: {option} {key}",
+    ("private key", "encrypted key"): "has a password; ask whoever made it for one without, or make a private copy "
+                                      f"without and use that: ({PRIVATELY}openssl rsa -in {{file}} -out {{plain_key}})",
+    ("private key", "DER"): "is in DER form, not PEM; convert it and use the result: "
                             f"({PRIVATELY}openssl rsa -inform DER -in {{file}} -out {{pem}})",
     ("private key", "PFX"): CONVERT_PFX,
 }
 PAIR = {   # What is wrong with a certificate and a key
-    "other key": "do not belong together; give the file that does: {pair}",
+    "other key": "do not belong together; use the one that does: {pair}",
     "misfit": "do not belong together; {make}",
     "unusable": "cannot be used ({words}); {make}",
 }
+UNREADABLE = {   # A file that we may not read, or that is not there
+    "ours": "give yourself access: chmod u+r {file}",
+    "key": "it belongs to {owner}, and a private key is for its owner only; "   # no chmod: others would gain from it
+           "ask for a certificate and key of your own",
+    "certificate": "it belongs to {owner}; ask for a copy (a certificate is no secret)",
+    "elsewhere": "is this the right path?",
+}
+MAKE = {   # How to get a file anew: {make} above
+    "elsewhere": "is it the right one? If so, get another from whoever issued it",
+    "nothing": f"make the certificates: {NEW_CA}",
+    "no ca.key": "copy it from the machine that has ca.key; "
+                 f"if there is none, make a new CA and all certificates: {NEW_CA}",
+    "ca": f"make it again from its key: {REMAKE_CA}",
+    "key": "move it and make another: mv {file} {old}; {command}",
+    "certificate": "make a new one: {command}",
+}
+OF_ITS_CA = f"make one of its CA: {NEW_CA} client NAME"
+FORBIDDEN = "; to admit it, start the server with this name, too: --allow-cn mtls-client {name}"
 
 
 # --- What happened -------------------------------------------------------------------------
@@ -124,8 +142,9 @@ def explain(error: Exception, url: str, cacert: Path, cert: Path | None = None) 
     said, parts = words(error), urllib.parse.urlsplit(url)
     port = parts.port or 443
     facts = {"url": url, "host": parts.hostname, "port": port, "words": said, "cacert": quoted(cacert),
-             "start": f"{PYTHON} server/server.py" + f" --port {port}" * (port != 8443),
-             "cert": cert and quoted(cert), "make": cert and make(cert), "of_its_ca": cert and of_our_ca(cert)}
+             "start": f"{PYTHON} server/server.py" + f" --port {port}" * (port != 8443)}
+    if cert:
+        facts |= {"cert": quoted(cert), "make": make(cert), "of_its_ca": make(cert) if in_certs(cert) else OF_ITS_CA}
     if isinstance(error, ssl.SSLCertVerificationError):
         code: int | str = error.verify_code
         if code in (18, 19, 20, 21) and authorities(cacert) == 0:
@@ -156,8 +175,7 @@ def of_answer(status: int, phrase: str, body: bytes) -> str:
         text = title[1] if title else text.strip().partition("\n")[0][:200] or phrase
     if status == 403:
         name = re.search(r"CN '([^'\\]+)' is not in the allowed list", text)
-        text += (f"; to admit it, start the server with this name, too: --allow-cn mtls-client {shlex.quote(name[1])}"
-                 if name else "; see the server's log")
+        text += FORBIDDEN.format(name=shlex.quote(name[1])) if name else "; see the server's log"
     return text
 
 
@@ -209,39 +227,31 @@ def content(data: bytes) -> list[str]:
 def unreadable(file: Path, problem: OSError, option: str) -> str:
     """What to do about a file that is missing or that we may not read."""
     if isinstance(problem, PermissionError):
+        kind = "key" if option == "--key" else "certificate"
         try:
             owner = file.owner()
-            ours = file.stat().st_uid == os.geteuid()
+            kind = "ours" if file.stat().st_uid == os.geteuid() else kind
         except (KeyError, OSError, NotImplementedError, AttributeError):   # unknown, hidden, Windows
-            owner, ours = "another user", False
-        if ours:
-            return f"let yourself read it: chmod u+r {quoted(file)}"
-        if option == "--key":   # a chmod would help others, too
-            return f"it belongs to {owner}, and a private key stays with its owner; have a pair made for you"
-        return f"it belongs to {owner}; ask for a copy, it is no secret"
+            owner = "another user"
+        return UNREADABLE[kind].format(file=quoted(file), owner=owner)
     if isinstance(problem, FileNotFoundError) and in_certs(file):
         return make(file)
-    return "is this the right path?"
+    return UNREADABLE["elsewhere"]
 
 
 def make(file: Path) -> str:
     """How to get this certificate or key anew. Never a new CA while anything is left of the former one."""
+    kind = "certificate"
     if not in_certs(file):
-        return "is it the right one? If so, get another from whoever issued it"
-    if not there(CERTS / "ca.key"):
-        if any(there(CERTS / name) for name in ("ca.crt", "server.crt", "client.crt")):
-            return f"copy it from the machine that has ca.key; if none has it, make a new CA and all else: {NEW_CA}"
-        return f"make the certificates: {NEW_CA}"
-    if file.stem == "ca":
-        return f"make it again from its key: {REMAKE_CA}"
-    if file.suffix == ".key" and there(file):
-        return f"move it and make another: mv {quoted(file)} {quoted(file.with_suffix('.old.key'))}; {command(file)}"
-    return f"make a new one: {command(file)}"
-
-
-def of_our_ca(file: Path) -> str:
-    """How to get a certificate in place of this one, of another CA."""
-    return make(file) if in_certs(file) else f"make one of its CA: {NEW_CA} client NAME"
+        kind = "elsewhere"
+    elif not there(CERTS / "ca.key"):
+        left = any(there(CERTS / name) for name in ("ca.crt", "server.crt", "client.crt"))
+        kind = "no ca.key" if left else "nothing"
+    elif file.stem == "ca":
+        kind = "ca"
+    elif file.suffix == ".key" and there(file):
+        kind = "key"
+    return MAKE[kind].format(file=quoted(file), old=quoted(file.with_suffix(".old.key")), command=command(file))
 
 
 def command(file: Path) -> str:

@@ -43,7 +43,7 @@ class Handshakes:
     def __call__(self, connection: ssl.SSLSocket | None) -> None:
         """Show the handshake of this connection; None for one that has failed."""
         if connection is None:
-            self.say("TLS: the handshake did not come to its end")
+            self.say("TLS: the handshake did not complete")
             return
         suite = connection.cipher()
         group = getattr(connection, "group", lambda: None)()   # since Python 3.15

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from reasons import Unusable, cure, in_words, load, read
+from problems import Unusable, cure, in_words, load, read
 
 FILES = ("ca.crt", "server.crt", "server.key")
 PATIENCE = 5.0   # seconds that a new set may be unusable before the log says so: a move is over sooner

@@ -138,7 +138,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.life:
             next(self.life, None)
 
-    def something(self) -> Generator[None, None, None]:
+    def wait(self) -> Generator[None, None, None]:
         """Wait until something has happened: bytes, an end, room to write, a deadline. Raises what it is lost by."""
         if not self.error:
             if self.incoming.pending < CHUNK:
@@ -180,7 +180,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.flush()
             if self.received > MAX_HANDSHAKE:
                 raise ConnectionError(f"sent more than {MAX_HANDSHAKE:,} bytes without completing the handshake")
-            yield from self.something()
+            yield from self.wait()
         self.flush()
         if hasattr(socket, "TCP_QUICKACK"):
             # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
@@ -194,7 +194,7 @@ class Connection(asyncio.BufferedProtocol):
         while not self.server.admit(self):
             if self.told_to_end:
                 raise ConnectionError("at capacity")
-            yield from self.something()
+            yield from self.wait()
 
     def exchange(self) -> Generator[None, None, bool]:
         """One request and its answer. False if no more may come. Raises OSError."""
@@ -208,7 +208,7 @@ class Connection(asyncio.BufferedProtocol):
             if data:
                 self.handler.receive(data)
             elif data is None and not self.told_to_end:
-                yield from self.something()
+                yield from self.wait()
             elif self.phase is Phase.IDLE:
                 return False
             else:
@@ -249,7 +249,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.tls.write(memoryview(piece)[start:start + SLICE])
                 self.flush()
                 while self.congested:
-                    yield from self.something()
+                    yield from self.wait()
 
     # --- Its end -------------------------------------------------------------------------------
 
@@ -264,7 +264,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.phase is Phase.HANDSHAKE:
             self.drop(TimeoutError(f"no complete handshake within {DEADLINES[Phase.HANDSHAKE]:.0f} s"))
         elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST):
-            self.wake()
+            self.server.loop.call_soon(self.wake)   # after what this turn of the loop still reads: it is answered
         else:
             self.transport.abort()
 

@@ -131,21 +131,17 @@ class EventLoopServer(http.server.HTTPServer):
         authorized = self.is_authorized(connection)
         at_capacity = len(self.clients) + len(self.unauthorized) >= self.max_clients
         if at_capacity or (not authorized and len(self.unauthorized) >= self.max_unauthorized):
-            if self.unauthorized:
-                next(iter(self.unauthorized)).drop(ConnectionError("its place is needed"))
-            elif not (authorized and self.end_longest_idle()):
+            idle = [one for one in self.clients if one.is_idle] if authorized and not self.unauthorized else []
+            evicted = next(iter(self.unauthorized), None) or min(idle, key=lambda one: one.deadline, default=None)
+            if evicted is None:
                 return False
+            self.make_pending(evicted)
+            if evicted.is_idle:
+                evicted.end()
+            else:
+                evicted.drop(ConnectionError("its place is needed"))
         self.forget(connection)
         (self.clients if authorized else self.unauthorized)[connection] = None
-        return True
-
-    def end_longest_idle(self) -> bool:
-        """End the client that is idle longest. False if none is idle."""
-        idle = min((one for one in self.clients if one.is_idle), key=lambda one: one.deadline, default=None)
-        if idle is None:
-            return False
-        self.make_pending(idle)
-        idle.end()
         return True
 
     # --- The loop ------------------------------------------------------------------------------

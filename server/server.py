@@ -4,7 +4,7 @@
 Read it from top to bottom: what makes it mutual, who may use it, what a request goes through, the
 list of items, settings, start and stop. What it stands on knows nothing of TODO: event_loop.py and
 connections.py (TLS connections), strict_http.py (requests), certificates.py (our own), log.py,
-reasons.py (why something does not work).
+problems.py (why something does not work).
 """
 
 import argparse
@@ -30,7 +30,7 @@ from certificates import Certificates
 from connections import Connection
 from event_loop import STOP_SECONDS, EventLoopServer
 from log import Log, quoted
-from reasons import Unusable, in_words
+from problems import Unusable, in_words
 from strict_http import Refusal, StrictHandler, encode
 
 CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
@@ -357,7 +357,8 @@ def main() -> None:
         if number == signal.SIGINT and number in signals:   # Ctrl+C again
             os._exit(1)
         if not signals:
-            threading.Timer(STOP_SECONDS + 2, os._exit, [0]).start()   # if nobody reads what we print now
+            with contextlib.suppress(RuntimeError):   # no more threads may be started
+                threading.Timer(STOP_SECONDS + 2, os._exit, [0]).start()   # if nobody reads what we print now
         signals.append(number)
         server.shutdown()
 

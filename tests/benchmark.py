@@ -215,7 +215,6 @@ class Job(NamedTuple):
 
     clients: int = 1
     kept: bool = True            # requests on a kept-alive connection, else each on a new one
-    nagle: bool = False          # with Nagle's algorithm: small data waits for the ACK of what was sent before
     methods: Sequence[str] = ("GET",)   # of the requests, in turn
     seconds: float = 600.0       # no request begins later
     requests: int = 10 ** 9      # of each client
@@ -253,7 +252,7 @@ class Client:
         if self.connection is None:
             plain = socket.socket()
             plain.settimeout(PATIENCE)
-            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, not job.nagle)
+            plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self.connection = self.context.wrap_socket(plain)   # handshakes as soon as it connects
             self.connection.connect(("127.0.0.1", self.port))
         more = {} if job.kept else {"Connection": "close"}
@@ -331,15 +330,11 @@ class Attackers:
             self.step()
 
     def connect(self) -> socket.socket:
-        """A new connection, not blocking."""
+        """A new connection, not blocking from here on."""
+        one = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
         if self.attack.certificate:
-            plain = socket.create_connection(("127.0.0.1", self.port), PATIENCE)
-            one: socket.socket = support.lab().context(self.attack.certificate, check_hostname=False).wrap_socket(plain)
-            one.setblocking(False)
-        else:
-            one = socket.socket()
-            one.setblocking(False)
-            one.connect_ex(("127.0.0.1", self.port))
+            one = support.lab().context(self.attack.certificate, check_hostname=False).wrap_socket(one)
+        one.setblocking(False)
         return one
 
     def step(self) -> None:
@@ -406,16 +401,12 @@ def scenarios(scale: float = 1.0) -> dict[str, Scenario]:
         "one": Scenario("New connections, 1 client", "", one),
         "unlisted": Scenario("The same beside 8 unlisted clients that pipeline GETs", "", one, "unlisted"),
         "hellos": Scenario("The same beside three hellos of 25 MB in records of one byte", "", one, "hellos"),
-        "many": Scenario("New connections, 256 clients", "nginx textbook", new._replace(clients=256)),
-        "nagle": Scenario("New connections, 1 client with Nagle's algorithm: what TCP_QUICKACK is for", "nginx bare",
-                          one._replace(nagle=True, seconds=scale)),
+        "many": Scenario("New connections, 256 clients", "nginx", new._replace(clients=256)),
         "get": Scenario("Kept-alive GET, 1 connection", "plain nginx bare", get),
         "get16": Scenario("Kept-alive GET, 16 connections", "plain nginx bare uvicorn",
                           get._replace(clients=16)),
         "long": Scenario("Kept-alive GET of 505 items, several TLS records: what TCP_NODELAY is for", "",
                          get, before=500),
-        "turns": Scenario("The same list, but a POST before each GET", "",
-                          Job(methods=("POST", "GET"), requests=80), before=500),
         "open": Scenario("256 connections open, one GET each", "plain nginx", Job(256, requests=1)),
     }
 
@@ -470,7 +461,7 @@ def measure_script() -> float:
     for _ in range(5):
         script, bare = support.Lab("timing"), support.Lab("timing")
         begin = time.monotonic()
-        script.generate(MTLS_PFX_PASSWORD="benchmark")  # noqa: S106
+        script.generate(MTLS_PFX_PASSWORD="benchmark")
         middle = time.monotonic()
         subprocess.run(["bash", "-ec", BARE_OPENSSL], cwd=bare.root, env=variables, capture_output=True, check=True)
         seconds.append((middle - begin) - (time.monotonic() - middle))
@@ -502,8 +493,7 @@ def measure_all(rounds: int, quick: bool, against: Path | None) -> Samples:
         for key, scenario in scenarios(0.25 if quick else 1.0).items():
             print(f"Round {turn + 1}: {scenario.title}", file=sys.stderr)
             for kind in (*us, *scenario.others.split()):
-                slow = kind == "textbook" and key == "many"   # its clients wait until their patience ends
-                if (slow and (turn or quick)) or not available(kind):
+                if not available(kind):
                     continue
                 with running(kind) as server:
                     if scenario.before:
@@ -540,7 +530,6 @@ def goals(samples: Samples, us: str, script: float) -> Iterator[tuple[str, str, 
         *((f"{text} with {HELD:,} {name}, to without", "<=", limit, "x", of(field, key) / of(field, "new"))
           for key, name in (("silent", "silent"), ("half", "half-finished"))
           for text, field, limit in (("p50", "p50", 1.2), ("p99", "p99", 1.5), ("CPU per answer", "cpu", 1.3))),
-        ("p50 of a client with Nagle's algorithm", "<=", 20, "ms", of("p50", "nagle")),
         ("p50 of an answer of several TLS records", "<=", 20, "ms", of("p50", "long")),
         ("CPU per kept-alive GET, to plain, 1 connection", "<=", 0.3, "x",
          of("cpu", "get") / of("cpu", "get", "plain")),
@@ -550,7 +539,6 @@ def goals(samples: Samples, us: str, script: float) -> Iterator[tuple[str, str, 
          of("p99", "get16") / of("p99", "get16", "theirs")),
         *((f"p99 of a newcomer beside {what}, to without", "<=", 5, "x", of("p99", key) / of("p99", "one"))
           for key, what in (("unlisted", "8 unlisted clients that pipeline"), ("hellos", "three endless hellos"))),
-        ("CPU per GET of 505 items, to POST and GET in turn", "<=", 0.5, "x", of("cpu", "long") / of("cpu", "turns")),
         ("peak memory with 256 connections", "<=", 64, "MB", of("memory", "open")),
         ("errors in all measurements", "<=", 0, "", sum(one.errors for (_, kind), rounds in samples.items()
                                                         if kind == us for one in rounds)),

@@ -36,7 +36,8 @@ from tests.support import (
 
 sys.path.insert(0, str(ROOT / "server"))
 import certificates as module
-from certificates import FILES, Certificates, Unusable, in_words
+from certificates import FILES, Certificates
+from problems import Unusable, in_words
 
 from server import tls_context
 

@@ -146,10 +146,10 @@ def meddling(name: str, before: str = ":", after: str = ":") -> dict[str, str]:
 class Run:
     """A run of gen_certs.sh to its end, at umask 022; its keys are of another set than the shared lab's.
 
-    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, what was in certs/ `before`, and the watched
-    openssl's `folder` are known. ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is
-    called; no file can grow beyond ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is
-    all that this showed. More ``options`` are for Popen.
+    Then `code` (negative: the signal that ended it), `stdout`, `stderr`, certs/ `before` it, and the watched openssl's
+    `folder` are known. ``at``, ``action``, ``fast``: see `watched_path`; ``command``: how the script is called; no file
+    can grow beyond ``limit``; with ``answers``, see `in_terminal`, it has a terminal, and `stdout` is all that this
+    showed. More ``options`` are for Popen.
     """
 
     def __init__(self, of: Lab, *arguments: str, at: int = 0, action: str = ":", fast: bool = False,
@@ -297,17 +297,17 @@ class WhatItMakes(GenCertsCase):
                                  for name in [*MADE, *(f"alice.{kind}" for kind in KINDS)]})
 
     def test_second_run_replaces_the_set(self) -> None:
-        """It says that the CA is new, names the clients that it has not issued, and how to reissue them."""
+        """It says that the CA is new, names the clients that are not from it, and how to renew them."""
         ready = with_set()
         openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
                 "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")   # not of this lab
         run = self.works(ready)
         self.assert_replaced(run)
         self.assertFalse(verifies(ready, "mallory"))
-        self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\ncerts/mallory\.crt is of the former CA; "
-                                     r"renew it: bash certs/gen_certs\.sh renew mallory\n"
+        self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\n"
+                                     r"certs/mallory\.crt is from the former CA; renew it: .*\.sh renew mallory\n"
                                      r"A running server takes them up by itself\.\nNext: .*\n\Z")
-        self.works(ready, "client", "mallory")
+        self.works(ready, "renew", "mallory")
         self.assertTrue(verifies(ready, "mallory", "client", "server"))
 
     def test_new_client(self) -> None:
@@ -352,7 +352,7 @@ class Renewal(GenCertsCase):
         leaves = " ".join(name for name in MADE if not name.startswith("ca."))
         for change, lost in (
             *((f"rm {names}", names) for names in (*pairs, leaves)),
-            ("cp client.csr server.csr; echo junk >client.csr; : >ca.srl", "server.csr client.csr"),
+            ("cp client.csr server.csr; echo junk >client.csr; rm client.key; : >ca.srl", "server.csr client.key"),
         ):
             with self.subTest(change):
                 ready = with_set()
@@ -425,10 +425,9 @@ class Refusals(GenCertsCase):
             (r"gen_certs\.sh: .* at most 64 .*", [("client", "x" * 65), ("renew", "x" * 65)]),
         ):
             for arguments in uses:
-                for locale in ("C",) if arguments[-1].isascii() else ("C", "C.UTF-8"):
-                    with self.subTest(f"gen_certs.sh {shlex.join(arguments)} (LC_ALL={locale})"):
-                        pattern = says.format(all=re.escape(" ".join(arguments)), name=re.escape(arguments[-1]))
-                        self.assert_refused(pattern, ready, *arguments, code=2, env={"LC_ALL": locale})
+                with self.subTest(f"gen_certs.sh {shlex.join(arguments)}"):
+                    pattern = says.format(all=re.escape(" ".join(arguments)), name=re.escape(arguments[-1]))
+                    self.assert_refused(pattern, ready, *arguments, code=2, env={"LC_ALL": "C.UTF-8"})
 
     def test_tools(self) -> None:
         """An openssl that is missing, broken or too old, or nothing to take a lock with."""
@@ -482,8 +481,9 @@ class Refusals(GenCertsCase):
             (renew, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; .* from its key", again),
             (renew, ("echo junk >ca.key", ": >ca.key", "rm ca.key"), f"certs/ca.key {unusable}; .* it; {lost}", anew),
             (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key is not the key of certs/ca.crt; .* {lost}", anew),
-            *((use, (lock.format(key),), f"certs/{key} has a password; remove it", f"openssl rsa -in {path} -out {path}")
-              for use, key, path in ((zoe, "ca.key", "certs/ca.key"), (renew, "server.key", "certs/server.key"))),
+            *((use, (lock.format(key),), f"certs/{key} has a password; remove it",
+               f"openssl rsa -in certs/{key} -out certs/{key}")
+              for use, key in ((zoe, "ca.key"), (renew, "server.key"))),
             (("renew", "mallory"), ("openssl rsa -in mallory.key -outform DER -out x; mv x mallory.key",),
              "certs/mallory.key is in DER form; convert it to PEM",
              "openssl rsa -inform DER -in certs/mallory.key -out certs/mallory.key"),
@@ -537,18 +537,19 @@ class Refusals(GenCertsCase):
             *[(zoe, "ca.crt", 0o600, "read certs/ca.crt", "run this as root, or have it given .* chown")] * root,
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}, with mode {mode:03o} of certs/{name}"):
-                path = ready.certs / name
+                path, before = ready.certs / name, [data for _, data in contents(ready).values()]
                 path.chmod(mode)
                 if step != own:
                     os.chown(path, 0, 0)
-                before, result = contents(ready), run("bash", "certs/gen_certs.sh", *arguments)
-                self.assertEqual((result.returncode, result.stdout, contents(ready)), (1, "", before))
+                result = run("bash", "certs/gen_certs.sh", *arguments)
+                self.assertEqual((result.returncode, result.stdout), (1, ""))
                 says = rf"gen_certs\.sh: cannot {what}: it is {path.owner()}'s, \S+; {step}"
                 self.assertRegex(result.stderr, rf"\A{says}.*\n\Z")
                 if step == own:
                     taken = run("sh", "-c", result.stderr.rpartition("; ")[2])
                     gained = stat.S_IMODE(path.stat().st_mode) & ~mode
                     self.assertEqual((taken.stderr, gained & 0o077, gained != 0), ("", 0, True), "only the owner gains")
+                self.assertEqual([data for _, data in contents(ready).values()], before)
 
 
 class Surroundings(GenCertsCase):
@@ -922,13 +923,6 @@ class Certificates(unittest.TestCase):
         last = int(file("ca.srl").read_text(encoding="ascii"), 16)
         self.assertEqual([client, alice, last], [server + 1, server + 2, server + 2])
         self.assertNotIn(ca, (server, client, alice))
-
-    def test_purposes(self) -> None:
-        """To the letter of RFC 5280, each does its own job and none does the other's."""
-        for name in ("server", "client", "alice"):
-            for purpose in ("sslserver", "sslclient"):
-                self.assertEqual(agrees("verify", "-x509_strict", "-purpose", purpose, "-CAfile", file("ca.crt"),
-                                        file(f"{name}.crt")), (name == "server") == (purpose == "sslserver"))
 
     def test_pfx(self) -> None:
         """It opens with MTLS_PFX_PASSWORD alone, never shown; it has the client's certificate, key and CA, named."""

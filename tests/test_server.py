@@ -179,6 +179,8 @@ class TestTLS(ServerCase):
 class TestWhoMayComeIn(HttpCase):
     """Authorization: of those whom our CA has certified, who is served."""
 
+    seconds = 9
+
     def test_allowed_names(self) -> None:
         """--allow-cn replaces the list, and wins over MTLS_ALLOWED_CNS; both take several names."""
         cases: list[tuple[list[str], dict[str, str | None], dict[str, int]]] = [

@@ -470,7 +470,6 @@ class TestReference(unittest.TestCase):
 class TestConnections(HttpCase):
     """What is about TLS and waiting, on one server that must be unharmed after all."""
 
-    seconds = 6
     server: Server
 
     @classmethod

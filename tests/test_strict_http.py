@@ -81,6 +81,7 @@ def sound_cases() -> Iterator[Case]:
     yield Case("a POST", request("POST", "/todo", todo(task="x")), 201, closes=False)
     yield Case("a GET that asks to close", get("Connection: close"), 200, closes=True)
     yield Case("a GET that asks to Close, among others", get("Connection: TE, Close"), 200, closes=True)
+    yield Case("a GET with an option that is not close", get("Connection: close\xa0"), 200, closes=False)
     yield Case("a POST that asks to close", request("POST", "/todo", todo(task="x"), Connection="close"), 201, True)
     yield Case("an HTTP/1.0 GET", b"GET /todo HTTP/1.0\r\n\r\n", 200, closes=True)
     yield Case("an HTTP/1.0 HEAD", b"HEAD /todo HTTP/1.0\r\n\r\n", 200, closes=True)

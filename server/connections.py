@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from event_loop import EventLoopServer
 
+MAX_HELLO = 16 * 1024        # bytes until a ClientHello is whole: an honest one has 4 KB at most
 MAX_HANDSHAKE = 64 * 1024    # bytes until a peer has proved who it is: the longest honest chain fits
 MAX_LINGER = 16 * 1024 ** 2  # bytes that a peer may still send while we wait for its end
 CHUNK = 4 * 1024             # bytes of a peer in one step, so that none of its steps is long
@@ -178,8 +179,9 @@ class Connection(asyncio.BufferedProtocol):
                 if self.outgoing.pending:   # an answer: so the ClientHello was whole
                     self.server.make_pending(self)
                 self.flush()
-            if self.received > MAX_HANDSHAKE:
-                raise ConnectionError(f"sent more than {MAX_HANDSHAKE:,} bytes without completing the handshake")
+            limit = MAX_HELLO if self in self.server.opening else MAX_HANDSHAKE
+            if self.received > limit:
+                raise ConnectionError(f"sent more than {limit:,} bytes without completing the handshake")
             yield from self.wait()
         self.flush()
         if hasattr(socket, "TCP_QUICKACK"):
@@ -263,7 +265,7 @@ class Connection(asyncio.BufferedProtocol):
         self.told_to_end = True
         if self.phase is Phase.HANDSHAKE:
             self.drop(TimeoutError(f"no complete handshake within {DEADLINES[Phase.HANDSHAKE]:.0f} s"))
-        elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST):
+        elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST) and not self.congested:
             self.server.loop.call_soon(self.wake)   # after what this turn of the loop still reads: it is answered
         else:
             self.transport.abort()

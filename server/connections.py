@@ -155,7 +155,7 @@ class Connection(asyncio.BufferedProtocol):
             self.server.authenticated(self)
             yield from self.wait_for_place()
             self.handler = self.server.RequestHandlerClass(self, self.address, self.server)
-            self.enter(Phase.IDLE)
+            self.be_idle()
             while (yield from self.exchange()):
                 if not self.is_idle:   # it pipelines: one request per turn of the loop, so that it cannot hold it
                     self.server.loop.call_soon(self.wake)
@@ -205,21 +205,24 @@ class Connection(asyncio.BufferedProtocol):
                 yield from self.send(self.handler.wfile.take())
             if self.phase is Phase.IDLE and self.handler.has_begun:
                 self.enter(Phase.REQUEST)
-                self.told_to_end = False   # a request that has begun is ended by its own deadline only
-            while (data := self.decrypt()) is None and not self.told_to_end:
+            while (data := self.decrypt()) is None and not self.is_over:
                 yield from self.wait()
             if data:
                 self.handler.receive(data)
             elif self.phase is Phase.IDLE:
                 return False
             else:
-                self.handler.break_off(after=DEADLINES[Phase.REQUEST] if self.told_to_end else None)
+                self.handler.break_off(after=DEADLINES[Phase.REQUEST] if data is None else None)
                 break
         self.enter(Phase.RESPONSE)
         yield from self.send(self.handler.wfile.take())
-        self.enter(Phase.IDLE)
-        self.received = self.incoming.pending   # perhaps part of the next request
+        self.be_idle()
         return not (self.handler.close_connection or self.told_to_end)
+
+    def be_idle(self) -> None:
+        """Wait for the next request, of which a part may have arrived already."""
+        self.enter(Phase.IDLE)
+        self.received = self.incoming.pending
 
     # --- TLS in memory -------------------------------------------------------------------------
 
@@ -259,6 +262,11 @@ class Connection(asyncio.BufferedProtocol):
     def is_idle(self) -> bool:
         """Whether it waits for a request of which nothing has arrived, not even half of a TLS record."""
         return self.phase is Phase.IDLE and not (self.received or self.handler.has_begun)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether to wait no more. A request that has begun has until its own deadline, even if the place is needed."""
+        return self.told_to_end and (self.phase is not Phase.REQUEST or time.monotonic() >= self.deadline)
 
     def end(self) -> None:
         """Its deadline has passed, or its place is needed. What has arrived is still answered."""

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 MAX_HANDSHAKE = 64 * 1024    # bytes until a peer has proved who it is: the longest honest chain fits
 MAX_LINGER = 16 * 1024 ** 2  # bytes that a peer may still send while we wait for its end
 CHUNK = 4 * 1024             # bytes of a peer in one step, so that none of its steps is long
-SLICE = 64 * 1024            # bytes of an answer that are encrypted in one step
+SLICE = 64 * 1024            # bytes of an answer that are encrypted in one step; no piece of one is longer
 
 Phase = enum.Enum("Phase", "HANDSHAKE WAITING IDLE REQUEST RESPONSE REFUSED LINGERING")
 DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.WAITING: 15.0, Phase.IDLE: 15.0, Phase.REQUEST: 10.0,
@@ -158,7 +158,7 @@ class Connection(asyncio.BufferedProtocol):
             while (yield from self.exchange()):
                 if not self.is_idle:   # it pipelines: one request per turn of the loop, so that it cannot hold it
                     self.server.loop.call_soon(self.wake)
-                    yield
+                    yield from self.wait()
         except OSError as error:   # ssl.SSLError is one
             if self.phase in (Phase.HANDSHAKE, Phase.WAITING):
                 self.server.refused(self.address, error)
@@ -240,15 +240,16 @@ class Connection(asyncio.BufferedProtocol):
             self.flush()   # TLS may have something to say itself
 
     def send(self, pieces: list[bytes]) -> Generator[None, None, None]:
-        """Encrypt and send, a slice at a time, each when the peer has taken the one before. Raises OSError."""
+        """Encrypt and send, a piece at a time, each when the peer has taken the one before. Raises OSError."""
         if sum(map(len, pieces)) <= SLICE:
             pieces = [b"".join(pieces)]   # one TLS record, if it is a short answer
         for piece in pieces:
-            for start in range(0, len(piece), SLICE):
-                self.tls.write(memoryview(piece)[start:start + SLICE])
-                self.flush()
-                while self.congested:
-                    yield from self.wait()
+            self.tls.write(piece)
+            self.flush()
+            if self.transport.is_closing():   # lost: what is encrypted now would only pile up
+                raise ConnectionAbortedError("closed")
+            while self.congested:
+                yield from self.wait()
 
     # --- Its end -------------------------------------------------------------------------------
 

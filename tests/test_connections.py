@@ -109,6 +109,12 @@ def drip(connection: socket.socket, pieces: Iterable[bytes], seconds: float) -> 
     connection.settimeout(PATIENCE)
 
 
+def peak_memory(server: Server) -> float:
+    """The most memory that the server has had so far, in MB; 0 where there is no /proc."""
+    status = Path(f"/proc/{server.process.pid}/status")
+    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024 if status.exists() else 0.0
+
+
 @contextlib.contextmanager
 def paused(server: Server) -> Iterator[None]:
     """The server does not run meanwhile: what arrives in this time, it finds all at once."""
@@ -516,6 +522,23 @@ class TestCapacity(ServerCase):
                 self.assertRegex(wire.hear(), b"^HTTP/1.1 200 ")
             self.assertEqual({line[:len(LATE)] for line in rejected(server, 56)}, {LATE})
 
+    def test_answers_that_nobody_takes(self) -> None:
+        """A long list that changes all the time, for clients that do not read, and then reset, costs little memory."""
+        with self.serving() as server, contextlib.ExitStack() as held:
+            talk = held.enter_context(Talk(server.connect()))
+            for number in range(900):
+                self.assertEqual(talk.ask("POST", "/todo", b'{"task": "%b"}' % (rb"\u0000" * 1000)).status, 201)
+                if number >= 850:
+                    reader = held.enter_context(Wire(server))
+                    reader.plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)   # so that the server has to wait
+                    reader.shake_hands()
+                    reader.send(GET * (100 if number % 10 == 0 else 1))
+                    reader.plain.recv(1, socket.MSG_PEEK)   # wait until the answer comes, but leave it there
+                    held.callback(reset, reader.plain)
+            held.close()
+            self.assert_served(server)
+            self.assertLess(peak_memory(server), 100, "MB")
+
 
 class TestDescriptors(ServerCase):
     """Crowds, and a server that may open only few files."""
@@ -555,8 +578,7 @@ class TestDescriptors(ServerCase):
                         self.assert_served(server)
                         self.assertLessEqual(server.has("task"), 2, "the event loop's thread, and the log's")
                         self.assertLessEqual(server.has("fd"), server.at_rest + MAX_PENDING + len(idle) + 10)
-            if (status := Path(f"/proc/{server.process.pid}/status")).exists():
-                self.assertLess(int(status.read_text().partition("VmHWM:")[2].split()[0]), 64 * 1024, "kB of memory")
+            self.assertLess(peak_memory(server), 64, "MB")
             for talk in idle:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)
             self.assertEqual(busy.end_post().status, 201)

@@ -530,7 +530,7 @@ class TestCapacity(ServerCase):
                 self.assertEqual(talk.ask("POST", "/todo", b'{"task": "%b"}' % (rb"\u0000" * 1000)).status, 201)
                 if number >= 850:
                     reader = held.enter_context(Wire(server))
-                    reader.plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)   # so that the server has to wait
+                    reader.plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)   # the server has to wait
                     reader.shake_hands()
                     reader.send(GET * (100 if number % 10 == 0 else 1))
                     reader.plain.recv(1, socket.MSG_PEEK)   # wait until the answer comes, but leave it there

@@ -204,11 +204,10 @@ class Connection(asyncio.BufferedProtocol):
             if self.phase is Phase.IDLE and self.handler.has_begun:
                 self.enter(Phase.REQUEST)
                 self.told_to_end = False   # a request that has begun is ended by its own deadline only
-            data = self.decrypt()
+            while (data := self.decrypt()) is None and not self.told_to_end:
+                yield from self.wait()
             if data:
                 self.handler.receive(data)
-            elif data is None and not self.told_to_end:
-                yield from self.wait()
             elif self.phase is Phase.IDLE:
                 return False
             else:

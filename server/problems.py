@@ -92,7 +92,7 @@ def cure(file: Path) -> str:
         return "make the certificates, CA included: bash certs/gen_certs.sh"
     if not has("ca.crt") or not has("ca.key"):
         return "copy it from where the CA is"
-    renew = "bash certs/gen_certs.sh renew" + (" server" if has("client.crt") else "")   # without it, plain renew makes both
+    renew = "bash certs/gen_certs.sh renew" + (" server" if has("client.crt") else "")   # else it makes that, too
     if file.name == "server.key" and has("server.key"):   # renew keeps a key that is there
         return f"make another: mv certs/server.key certs/server.old.key && {renew}"
     return f"make it anew with the CA that is there: {renew}"

@@ -260,7 +260,7 @@ class PageTest(unittest.TestCase):
     maxDiff = None
 
     def test_blocks(self) -> None:
-        """No block escapes the tests: each output follows its command, with an introduction; a skipped block says why."""
+        """No block escapes the tests: each output follows its command and an introduction; a skipped one says why."""
         every = [block for one in sections() for block in one.blocks]
         self.assertEqual(len(re.findall(r"^\s*```", ALL, re.MULTILINE)), 2 * len(every), "indented?")
         self.assertEqual({block.language for block in every},

@@ -262,7 +262,7 @@ class HttpCase(ServerCase):
         for case in cases:
             method = case.data.split(maxsplit=1)[0].decode("latin-1")
             for pieces in ([case.data + following], torn(case.data + following, dice)):
-                known = len(server.store.encoded)
+                known = server.store.number
                 server.lines.clear()
                 with self.subTest(f"the answer to {case.what} is {case.status}", pieces=len(pieces)):
                     answer, *others = server.answers(*pieces, name=name)
@@ -277,7 +277,7 @@ class HttpCase(ServerCase):
                     self.assertEqual([one.status for one in (answer, *others)], statuses)
                     logged = [int(line.split()[-2]) for line in server.lines if line.startswith("REQUEST |")]
                     self.assertEqual(logged, statuses, "in the log")
-                    self.assertEqual(len(server.store.encoded) - known, case.status == 201, "gained by the list")
+                    self.assertEqual(server.store.number - known, case.status == 201, "gained by the list")
 
 
 class TestRequests(HttpCase):

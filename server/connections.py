@@ -265,7 +265,7 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def is_over(self) -> bool:
-        """Whether to stop waiting. Even if its place is needed, a request that has begun may take until its deadline."""
+        """Whether to stop waiting. Even if its place is needed, a request that has begun has until its deadline."""
         return self.told_to_end and (self.phase is not Phase.REQUEST or time.monotonic() >= self.deadline)
 
     def end(self) -> None:

@@ -108,6 +108,7 @@ printf '%s\\t%s\\n' "$last" "$*" >>"$WATCH/calls"
 [ ! -e "$WATCH/count" ] || read -r count <"$WATCH/count"
 echo "$((count += 1))" >"$WATCH/count"
 case $WATCH_AT in 0 | "$count") eval "$WATCH_ACTION" ;; esac
+export SSL_CERT_FILE=/dev/null   # openssl x509 would read all CAs of the system
 case $WATCH_READY:$1 in :genrsa) exec {prepared} "$@" ;; :*) exec {real} "$@" ;; esac
 all=$*
 case $all in *"-out "*)
@@ -352,8 +353,8 @@ class Renewal(GenCertsCase):
     def test_repairs(self) -> None:
         """Whatever is lost or damaged, the CA's pair aside: it is made anew, and the keys that are there stay."""
         leaves = " ".join(name for name in MADE if not name.startswith("ca."))
-        for change, keys in (("rm server.key client.crt client.pfx", ["server"]), (f"rm {leaves}", ["server", "client"]),
-                             ("echo junk >client.csr; rm client.key; : >ca.srl", ["client"])):
+        for change, keys in (("rm server.key client.crt; echo junk >client.pfx; : >ca.srl", ["server"]),
+                             (f"rm {leaves}", ["server", "client"])):
             with self.subTest(change):
                 ready = with_set()
                 succeed("sh", "-c", change, cwd=ready.certs)
@@ -370,9 +371,9 @@ class Renewal(GenCertsCase):
         ready = with_set()
         trusted, former = (ready.certs / "ca.crt", (ready.certs / "ca.crt").read_text())
 
-        def assert_served(*names: str) -> None:
+        def assert_served() -> None:
             with Server(ready, "--allow-cn", "mtls-client", "mallory", "zoe") as server:
-                for name in names:
+                for name in ("client", "mallory", "zoe"):
                     with Talk(server.connect(name)) as talk:
                         self.assertEqual(talk.ask("GET", "/todo").status, 200, name)
 
@@ -381,7 +382,7 @@ class Renewal(GenCertsCase):
             cat certs/ca.crt >>certs/new.crt; mv certs/new.crt certs/ca.crt""",
                 cwd=ready.root, env={"PATH": prepared_path(), "PREPARED_SET": "second"})
         self.works(ready, "client", "zoe")
-        assert_served("client", "mallory", "zoe")
+        assert_served()
         both = trusted.read_text()
         trusted.write_text(former)
         self.assertTrue(verifies(ready, "server", "client"), "who trusts the former CA alone goes on meanwhile")
@@ -390,10 +391,10 @@ class Renewal(GenCertsCase):
                             "to the top", ready, "renew")
         trusted.write_text(both)
         self.works(ready, "renew")
-        assert_served("client", "mallory", "zoe")
         self.works(ready, "renew", "mallory")
         trusted.write_text(both.removesuffix(former))
-        assert_served("client", "mallory", "zoe")
+        assert_served()
+
 
 
 class Refusals(GenCertsCase):
@@ -474,20 +475,20 @@ class Refusals(GenCertsCase):
         again = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
         taken = set()
         for arguments, changes, says, step in (
-            (renew, ("openssl x509 -in ca.crt -outform DER -out x; mv x ca.crt", "echo junk >ca.crt", ": >ca.crt",
-                     "rm ca.crt"), f"certs/ca.crt {unusable}; .* again from its key", again),
+            (renew, ("openssl x509 -in ca.crt -outform DER -out x; mv x ca.crt", ": >ca.crt", "rm ca.crt"),
+             f"certs/ca.crt {unusable}; .* again from its key", again),
             (zoe, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; .* from its key", again),
-            (renew, ("echo junk >ca.key", ": >ca.key", "rm ca.key"), f"certs/ca.key {unusable}; .* it; {lost}", anew),
+            (renew, ("echo junk >ca.key", "rm ca.key"), f"certs/ca.key {unusable}; .* it; {lost}", anew),
             (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key is not the key of certs/ca.crt; .* {lost}", anew),
             (renew, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew),
             (zoe, ("openssl rsa -in ca.key -aes128 -passout pass:typed -out x; mv x ca.key",),
              "certs/ca.key has a password; remove it", "openssl rsa -in certs/ca.key -out certs/ca.key"),
-            (("renew", "client"), ("echo junk >client.key", ": >client.key"), f"certs/client.key {unusable}; for a new "
-             "one, move it", "mv certs/client.key certs/client.old.key"),
+            (("renew", "client"), (": >client.key",), f"certs/client.key {unusable}; for a new one, move it",
+             "mv certs/client.key certs/client.old.key"),
             (("renew",), ("openssl req -x509 -new -key client.key -subj /CN=x -config client.cnf -out client.crt",),
              "certs/client.crt is not from .*; to .*, first move it", "mv certs/client.crt certs/client.old.crt"),
             (("renew", "zoe"), (":",), "'zoe' has no certificate; make one", "bash certs/gen_certs.sh client zoe"),
-            (zoe, ("echo >zoe.pfx", "mv zoe.pfx zoe.csr", "mv zoe.csr zoe.crt", "rm zoe.crt; cp mallory.key zoe.key"),
+            (zoe, ("echo >zoe.crt", "rm zoe.crt; cp mallory.key zoe.key"),
              "'zoe' exists; choose another NAME, or renew it", "bash certs/gen_certs.sh renew zoe"),
             ((), ("rm server.csr; mkdir server.csr",), r"certs/server.csr is a folder \(Docker .*\); remove it",
              "rmdir certs/server.csr"),
@@ -557,14 +558,13 @@ class Surroundings(GenCertsCase):
         link = new_folder("links") / "link to the lab"
         link.symlink_to(odd.root)
         for name, script, cwd, env in (
-            ("9.b_C-", "gen_certs.sh", odd.certs, {}), ("ca.old", f"{link.name}/certs/gen_certs.sh", link.parent, {}),
-            ("x" * 64, str(odd.certs / "gen_certs.sh"), scratch(), {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
+            ("9.b_C-", "gen_certs.sh", odd.certs, {}),
+            ("x" * 64, f"{link.name}/certs/gen_certs.sh", link.parent, {"TMPDIR": "/nonexistent", "LC_ALL": "C.UTF-8"}),
         ):
             with self.subTest(f"called as {script}, for {name}"):
                 run = self.works(odd, "client", name, command=("bash", script), cwd=cwd, env=env)
                 self.assert_changed(run, "ca.srl", *(f"{name}.{kind}" for kind in KINDS))
-                shown = openssl("x509", "-noout", "-subject", "-in", odd.certs / f"{name}.crt")
-                self.assertRegex(shown, rf"subject= ?/?CN ?= ?{re.escape(name)}\n")
+        self.assertRegex(openssl("x509", "-noout", "-subject", "-in", odd.certs / f"{name}.crt"), rf"CN ?= ?{name}\n")
 
     def test_inherited(self) -> None:
         """Nothing that bash takes from the environment spoils a run, or lets it print its secret."""
@@ -664,11 +664,11 @@ class Password(GenCertsCase):
         """Without terminal and variable it makes up a password, a new one each time, and prints it once."""
         ready = with_set()
         seen = set()
-        for name, arguments in (("client", ()), ("zoe", ("client", "zoe"))):
-            run = self.works(ready, *arguments, env={"MTLS_PFX_PASSWORD": ""})
-            password, = re.findall(rf"(?m)^Password of certs/{name}\.pfx .*: (\S{{20,}})$", run.stdout)
+        for command in ("client", "renew"):
+            run = self.works(ready, command, "zoe", env={"MTLS_PFX_PASSWORD": ""})
+            password, = re.findall(r"(?m)^Password of certs/zoe\.pfx .*: (\S{20,})$", run.stdout)
             self.assertEqual(run.stdout.count(password), 1)
-            self.assertTrue(opens(ready.certs / f"{name}.pfx", password))
+            self.assertTrue(opens(ready.certs / "zoe.pfx", password))
             self.assertNotIn(password, str([call for _, call in run.calls()]))
             seen.add(password)
         self.assertEqual(len(seen), 2, "the same password twice")
@@ -702,7 +702,7 @@ class NothingLost(GenCertsCase):
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: openssl {command} fails"):
                 run = self.changes_nothing(ready, *arguments, action=f'case "$*" in "{command}"*) {FAILS} ;; esac',
-                                           fast=True, env={"MTLS_PFX_PASSWORD": password})
+                                           fast=not arguments, env={"MTLS_PFX_PASSWORD": password})
                 self.assertEqual(run.stderr.splitlines()[:-1], CHATTER)
                 self.assertNotIn("out 1", run.stdout)
                 self.assertRegex(run.stderr, rf"\ngen_certs\.sh: failed at {re.escape(announced)} .*as it was\n\Z")
@@ -814,7 +814,7 @@ class NothingLost(GenCertsCase):
             reader, writer = os.pipe()
             os.close(reader)
             self.addCleanup(os.close, writer)
-            self.changes_nothing(ready, fast=True, stdout=writer)
+            self.changes_nothing(ready, fast=True, stdout=writer, code=-signal.SIGPIPE)
 
 
 class OneAtATime(GenCertsCase):
@@ -882,22 +882,18 @@ class Certificates(unittest.TestCase):
         for name, subject, bits, days in (("ca", "mTLS Lab Root CA", 4096, 3650), ("server", "localhost", 2048, 365),
                                           ("client", "mtls-client", 2048, 365), ("alice", "alice", 2048, 365)):
             with self.subTest(f"{name}.crt"):
-                certificate = file(f"{name}.crt")
-                shown = openssl("x509", "-text", "-noout", "-in", certificate)
+                shown = openssl("x509", "-text", "-pubkey", "-in", file(f"{name}.crt"))
                 for line in (rf"Subject: ?CN ?= ?{subject}", "Issuer: ?CN ?= ?mTLS Lab Root CA", r"Version: 3 \(0x2\)",
                              rf".*Public-Key: \({bits} bit\)", "Public Key Algorithm: rsaEncryption"):
                     self.assertRegex(shown, rf"(?m)^ *{line}$")
                 self.assertEqual(set(re.findall(r"Signature Algorithm: (.*)", shown)), {"sha256WithRSAEncryption"})
-                self.assertRegex(openssl("asn1parse", "-in", certificate), rf"UTF8STRING +:{subject}\n")
-                dates = openssl("x509", "-noout", "-dates", "-in", certificate)
-                start, end = (ssl.cert_time_to_seconds(line.partition("=")[2]) for line in dates.splitlines())
+                self.assertRegex(openssl("asn1parse", "-in", file(f"{name}.crt")), rf"UTF8STRING +:{subject}\n")
+                start, end = map(ssl.cert_time_to_seconds, re.findall(r"Not (?:Before|After) *: (.*)", shown))
                 self.assertEqual(end - start, days * 24 * 3600)
-                self.assertTrue(-2 <= certificate.stat().st_mtime - start <= 60, "it should be valid from now on")
-                keys = {openssl("pkey", "-pubout", "-in", file(f"{name}.key")),
-                        openssl("x509", "-noout", "-pubkey", "-in", certificate)}
+                self.assertTrue(-2 <= file(f"{name}.crt").stat().st_mtime - start <= 60, "it is valid from now on")
+                self.assertIn(openssl("pkey", "-pubout", "-in", file(f"{name}.key")), shown, "it is not the key's")
                 if name != "ca":
-                    keys.add(openssl("req", "-noout", "-pubkey", "-in", file(f"{name}.csr")))
-                self.assertEqual(len(keys), 1, "certificate, key and CSR do not match")
+                    self.assertIn(openssl("req", "-noout", "-pubkey", "-in", file(f"{name}.csr")), shown)
 
     def test_serials(self) -> None:
         """Serial numbers are random in the beginning, 64 bits or more, and counted from there; ca.srl has the last."""

@@ -73,7 +73,7 @@ FAILS = 'i=0; while [ $i -lt 150 ]; do i=$((i + 1)); echo "out $i"; echo "err $i
 CHATTER = [f"{stream} {number}" for number in range(1, 151) for stream in ("out", "err")]
 CTRL_C = "kill -s INT 0"   # as a terminal does: to the whole process group
 
-# Signals that the tests' own caller ignores (nohup, &) would be ignored by the script as well; a handler is not passed on.
+# What the tests' own caller ignores (nohup, &) would be ignored by the script as well; a handler is not passed on.
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
     if signal.getsignal(number) is signal.SIG_IGN:
         signal.signal(number, lambda *_: None)
@@ -200,12 +200,13 @@ def file(name: str) -> Path:
     return first_run()[0].certs / name
 
 
-def with_set() -> Lab:
-    """A lab of its own, in an odd place, with the shared lab's certificates, mallory's too."""
+def with_set(change: str = ":") -> Lab:
+    """A lab of its own, in an odd place, with the shared lab's certificates, mallory's too. ``change`` (sh) is made there."""
     made = Lab("it's \"odd\" $HOME [a-z] * ñ")
     for path in lab().certs.iterdir():
         if path.name in MADE or path.stem == "mallory":   # other tests issue more, at any time
             shutil.copy2(path, made.certs)
+    succeed("sh", "-c", change, cwd=made.certs)
     return made
 
 
@@ -302,9 +303,8 @@ class WhatItMakes(GenCertsCase):
 
     def test_second_run_replaces_the_set(self) -> None:
         """It says that the CA is new, names the clients that are not from it, and how to renew them."""
-        ready = with_set()
-        openssl("req", "-x509", "-new", "-key", ready.certs / "mallory.key", "-days", "1", "-subj", "/CN=stranger",
-                "-config", ready.certs / "client.cnf", "-out", ready.certs / "stranger.crt")   # not of this lab
+        ready = with_set("openssl req -x509 -new -key mallory.key -subj /CN=stranger -config client.cnf "
+                         "-out stranger.crt")   # it is not of this lab
         run = self.works(ready)
         self.assert_replaced(run)
         self.assertFalse(verifies(ready, "mallory"))
@@ -333,8 +333,7 @@ class Renewal(GenCertsCase):
 
     def test_renew(self) -> None:
         """New certificates and PFX from the CA and keys that are there, with the names that server.cnf has now."""
-        ready = with_set()
-        succeed("sh", "-c", "echo 'DNS.2 = lab.test' >>server.cnf", cwd=ready.certs)
+        ready = with_set("echo 'DNS.2 = lab.test' >>server.cnf")
         server = {"server.crt": "for localhost, 127.0.0.1, lab.test; valid until then"}
         client, mallory = ({f"{name}.crt": f"CN {cn}; valid until then",
                             f"{name}.pfx": "the same with the CA, for browsers"}
@@ -356,8 +355,7 @@ class Renewal(GenCertsCase):
         for change, keys in (("rm server.key client.crt; echo junk >client.pfx; : >ca.srl", ["server"]),
                              (f"rm {leaves}", ["server", "client"])):
             with self.subTest(change):
-                ready = with_set()
-                succeed("sh", "-c", change, cwd=ready.certs)
+                ready = with_set(change)
                 run = self.works(ready, "renew")
                 self.assert_changed(run, "ca.srl", "server.crt", "client.crt", "client.pfx",
                                     *(f"{name}.{kind}" for name in keys for kind in ("csr", "key")))
@@ -457,13 +455,10 @@ class Refusals(GenCertsCase):
              r"certs/client\.cnf has no line 'CN = .*"),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {change}"):
-                ready = with_set()
-                succeed("sh", "-c", change, cwd=ready.certs)
-                self.assert_refused(f"gen_certs.sh: {says}", ready, *arguments)
+                self.assert_refused(f"gen_certs.sh: {says}", with_set(change), *arguments)
         for mistake in ("IP.2 = lab.test", "DNS.2 lab.test"):
             with self.subTest(f"in server.cnf: {mistake}"):
-                ready = with_set()
-                succeed("sh", "-c", f"echo '{mistake}' >>server.cnf", cwd=ready.certs)
+                ready = with_set(f"echo '{mistake}' >>server.cnf")
                 self.assertTrue(self.changes_nothing(ready, "renew").stderr.endswith(
                     "\ngen_certs.sh: failed at [1/3] server certificate; certs/ is as it was; "
                     "correct certs/server.cnf, as openssl says above\n"))
@@ -783,24 +778,20 @@ class NothingLost(GenCertsCase):
         # Only the move into place has many arguments: it does three files, and fails.
         half = f'[ $# -le 3 ] || {{ for to; do :; done; {shutil.which("mv")} "$2" "$3" "$4" "$to"; {refuse}; }}'
         for arguments, gone, meddle, what in (
-            ((), (), f'case "$*" in *client.pfx*) {refuse} ;; esac', "replace certs/client.pfx"),
-            ((), (), half, "write in certs/"), ((), ("ca.crt", "ca.srl", "client.pfx"), half, "write in certs/"),
-            (("client", "zoe"), (), half, "write in certs/"),
+            ((), "", f'case "$*" in *client.pfx*) {refuse} ;; esac', "replace certs/client.pfx"),
+            ((), "ca.crt ca.srl client.pfx", half, "write in certs/"), (("client", "zoe"), "", half, "write in certs/"),
         ):
-            with self.subTest(f"gen_certs.sh {' '.join(arguments)}: it cannot {what}, and {gone} were not there"):
-                ready = with_set()
-                for name in gone:
-                    (ready.certs / name).unlink()
+            with self.subTest(f"gen_certs.sh {' '.join(arguments)}: it cannot {what}, without {gone or 'nothing'}"):
+                ready = with_set(f"rm -f {gone}")
                 run = self.changes_nothing(ready, *arguments, fast=True, env=meddling("mv", meddle))
                 self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what}: Operation not permitted; certs/ is as it "
                                              "was\n")
 
     def test_nowhere_to_write(self) -> None:
         """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""
-        ready, pfx = with_set(), ready_set() / "client.pfx"
+        ready = with_set("for name in *.cnf; do : >$name; done")   # which nobody reads in a fast run
+        pfx = ready_set() / "client.pfx"
         size = pfx.stat().st_size
-        for name in ("ca.cnf", "client.cnf", "server.cnf"):   # which nobody reads in a fast run
-            (ready.certs / name).write_text("#" * 1000, encoding="ascii")
         for steps, limit in ((1, (ready_set() / "ca.key").stat().st_size - 1), (6, size - 1)):
             with self.subTest(f"no file may grow beyond {limit} bytes, too few for step {steps}"):
                 run = self.changes_nothing(ready, limit=limit, env={"LC_ALL": "C"}, fast=True)

@@ -201,7 +201,7 @@ def file(name: str) -> Path:
 
 
 def with_set(change: str = ":") -> Lab:
-    """A lab of its own, in an odd place, with the shared lab's certificates, and mallory's; ``change`` (sh) is done there."""
+    """A lab of its own, in an odd place, with the certificates of the shared one; ``change`` (sh) is done there."""
     made = Lab("it's \"odd\" $HOME [a-z] * ñ")
     for path in lab().certs.iterdir():
         if path.name in MADE or path.stem == "mallory":   # other tests issue more, at any time

@@ -9,7 +9,7 @@ case ${BASH_VERSION:-} in '') echo 'gen_certs.sh: needs bash; run it with: bash 
 # Restart with -p, so that nothing inherited (SHELLOPTS, BASH_ENV, exported functions) changes
 # what the commands below mean. To watch them: bash -xp certs/gen_certs.sh
 # (POSIXLY_CORRECT makes exec and unset immune to inherited functions, too.)
-case $- in *p*) ;; *) POSIXLY_CORRECT=1; unset CDPATH GLOBIGNORE; exec "$BASH" -p "$0" "$@" ;; esac
+case $- in *p*) ;; *) POSIXLY_CORRECT=1; unset CDPATH; exec "$BASH" -p "$0" "$@" ;; esac
 unset POSIXLY_CORRECT
 set -euo pipefail +o posix   # posix mode is on where sh is bash, as on macOS
 umask 077   # keys are private from the moment they exist; LibreSSL makes them readable by all

@@ -217,7 +217,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
             raise Refusal(HTTPStatus.BAD_REQUEST, "Host header: must be there once")
         if hosts and not re.fullmatch(HOST, hosts[0], re.ASCII):
             raise Refusal(HTTPStatus.BAD_REQUEST, "Host header: must be a host and perhaps a port")
-        options = {option.strip().lower() for option in ",".join(self.fields.get("connection", [])).split(",")}
+        options = {option.strip(" \t").lower() for option in ",".join(self.fields.get("connection", [])).split(",")}
         self.keep_alive = "close" not in options and (self.request_version == "HTTP/1.1" or "keep-alive" in options)
         # Unless we read it, a body must not be taken for the next request: close after the answer.
         has_body = "transfer-encoding" in self.fields or set(self.fields.get("content-length", ["0"])) != {"0"}

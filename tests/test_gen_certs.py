@@ -598,9 +598,8 @@ class Repository(GenCertsCase):
 
     def git(self, root: Path, *arguments: str) -> list[str]:
         """The lines that git prints, undisturbed by the developer's own settings."""
-        return subprocess.run(["git", *arguments], cwd=root, text=True, capture_output=True, check=True,
-                              env=environment({"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1",
-                                               "GIT_DIR": None, "GIT_WORK_TREE": None})).stdout.splitlines()
+        alone = {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_DIR": None, "GIT_WORK_TREE": None}
+        return succeed("git", *arguments, cwd=root, env=alone).splitlines()
 
     def test_nothing_made_gets_in(self) -> None:
         """`git add` takes nothing that the script makes, nor what a killed run leaves."""

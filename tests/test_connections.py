@@ -10,6 +10,7 @@ import itertools
 import os
 import re
 import resource
+import selectors
 import signal
 import socket
 import ssl
@@ -19,7 +20,6 @@ import time
 import unittest
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 from tests import side_by_side as load_tests  # noqa: F401
@@ -28,8 +28,9 @@ from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire,
 MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/event_loop.py
 SLACK = 8.0
 """Seconds that a deadline may come late: the machine may be busy."""
-HANDSHAKE, IDLE, REQUEST, LINGERING = (f"connections.DEADLINES[connections.Phase.{phase}]"
-                                       for phase in ("HANDSHAKE", "IDLE", "REQUEST", "LINGERING"))
+HANDSHAKE, IDLE, REQUEST, RESPONSE, LINGERING = (
+    f"connections.DEADLINES[connections.Phase.{phase}]"
+    for phase in ("HANDSHAKE", "IDLE", "REQUEST", "RESPONSE", "LINGERING"))
 
 FEW: dict[str, object] = {"event_loop.MAX_CLIENTS": 6, "event_loop.MAX_PENDING": 8,
                           HANDSHAKE: 60.0, IDLE: 60.0, REQUEST: 60.0}
@@ -52,20 +53,21 @@ def record(kind: int, data: bytes) -> bytes:
     return struct.pack("!BHH", kind, 0x303, len(data)) + data
 
 
-def client_hello(*groups: int) -> bytes:
-    """A ClientHello of TLS 1.3 that offers these groups and a key share for none: the answer asks for one."""
-    offered = struct.pack(f"!{len(groups)}H", *groups)
-    extensions = (struct.pack("!HHH", 10, len(offered) + 2, len(offered)) + offered   # supported_groups
-                  + b"\0\x0d\0\6\0\4\4\3\x08\4" b"\0\x2b\0\3\2\3\4"           # signature_algorithms, supported_versions
-                  + b"\0\x33\0\2\0\0")                                             # key_share
+def client_hello(*groups: int, repeated: int = 1) -> bytes:
+    """A ClientHello of TLS 1.3 that offers these groups and a key share for none: the answer asks for one.
+
+    ``repeated`` is how often each of its lists of signature algorithms has the same two.
+    """
+    lists = ((10, struct.pack(f"!{len(groups)}H", *groups)),                              # supported_groups
+             (13, b"\4\3\x08\4" * repeated), (50, b"\x08\4\4\1" * repeated), (51, b""))   # ..., key_share
+    extensions = b"\0\x2b\0\3\2\3\4" + b"".join(                                        # supported_versions
+        struct.pack("!HHH", number, len(offered) + 2, len(offered)) + offered for number, offered in lists)
     body = (b"\3\3" + bytes(32) + b"\x20" + bytes(32) + b"\0\2\x13\1" + b"\1\0"
             + len(extensions).to_bytes(2, "big") + extensions)
     return record(22, b"\1" + len(body).to_bytes(3, "big") + body)
 
 
 HALF_HELLO = record(22, b"\1\0\x7d\0" + b"x" * 16_000)   # of 32 KB
-LONG_HELLO = b"".join(record(22, piece) for piece in (b"\1\1\xfb\xd0" + b"x" * 16_000, *[b"x" * 16_000] * 6))
-"""The first 110 KB of a ClientHello of 130 KB, the longest that OpenSSL takes."""
 
 
 def reset(connection: socket.socket) -> None:
@@ -76,16 +78,9 @@ def reset(connection: socket.socket) -> None:
 
 def is_silent(connection: socket.socket, seconds: float) -> bool:
     """Whether nothing is heard for so long, not even the end."""
-    connection.settimeout(seconds)
-    try:
-        connection.recv(1)
-    except (TimeoutError, ssl.SSLWantReadError, BlockingIOError):
-        return True
-    except OSError:
-        pass
-    finally:
-        connection.settimeout(PATIENCE)
-    return False
+    with selectors.DefaultSelector() as selector:
+        selector.register(connection, selectors.EVENT_READ)
+        return not selector.select(seconds)
 
 
 def hear(plain: socket.socket) -> bytes:
@@ -109,10 +104,27 @@ def drip(connection: socket.socket, pieces: Iterable[bytes], seconds: float) -> 
     connection.settimeout(PATIENCE)
 
 
-def peak_memory(server: Server) -> float:
-    """The most memory that the server has had so far, in MB; 0 where there is no /proc."""
-    status = Path(f"/proc/{server.process.pid}/status")
-    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024 if status.exists() else 0.0
+def processor_seconds(server: Server) -> float:
+    """That it has used so far, as clock_getcpuclockid(3) finds them; 0 where there is no /proc."""
+    return time.clock_gettime(~server.process.pid << 3 | 2) if server.at_rest else 0.0
+
+
+def slow_reader(server: Server) -> Talk:
+    """A client that has told the server's kernel to keep little for it, so that the server itself has to wait."""
+    plain = socket.socket()
+    plain.settimeout(PATIENCE)
+    plain.setsockopt(socket.IPPROTO_TCP, socket.TCP_MAXSEG, 536)
+    plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    plain.connect(("127.0.0.1", server.port))
+    context = server.context("client")
+    return Talk(context.wrap_socket(plain, server_hostname="127.0.0.1", suppress_ragged_eofs=False))
+
+
+def fill_list(server: Server, number: int) -> None:
+    """Add so many items, each of 6 KB in the answer to a GET."""
+    with Talk(server.connect()) as talk:
+        for _ in range(number):
+            assert talk.ask("POST", "/todo", b'{"task": "%b"}' % (rb"\u0000" * 1000)).status == 201
 
 
 @contextlib.contextmanager
@@ -231,19 +243,16 @@ class TestDeadlines(ServerCase):
 
     def take_no_response(self) -> None:
         with self.serving() as server:
-            with Talk(server.connect()) as talk:
-                for _ in range(200):
-                    self.assertEqual(talk.ask("POST", "/todo", b'{"task": "%b"}' % (rb"\u0000" * 1000)).status, 201)
-            with Wire(server) as still, Wire(server) as slow:
-                for wire in (still, slow):
-                    wire.shake_hands()
-                    wire.send(GET * 20)
-                    wire.plain.recv(1, socket.MSG_PEEK)   # wait until answers come, but leave them there
+            fill_list(server, 100)
+            with slow_reader(server) as still, slow_reader(server) as slow:
+                for talk in (still, slow):
+                    talk.send(GET)
+                    self.assertFalse(is_silent(talk.connection, PATIENCE))
                 if not server.at_rest:
                     time.sleep(11)   # without /proc it cannot be seen when the server lets go
-                self.assertTrue(comes_true(lambda: server.settles(1.0) or not slow.plain.recv(1)), "it lets both go")
-                with self.assertRaises(OSError, msg="the rest of the answers should not have come"):
-                    still.hear()
+                self.assertTrue(comes_true(lambda: server.settles(1.0) or not slow.file.read(1)), "it lets both go")
+                with self.assertRaises(OSError, msg="the rest of the answer should not have come"):
+                    still.answer()
 
     def stay_after(self, server: Server, certificate: str | None, sent: bytes) -> None:
         with Wire(server, certificate) as wire:
@@ -324,6 +333,20 @@ class TestRequests(ServerCase):
                 self.assert_served(server)
             self.assert_no_defect_logged(server)
             self.assertEqual(server.stop(), 0, "it does not wait for all that they have sent")
+
+    def test_who_takes_nothing(self) -> None:
+        """Requests end at their deadline, also where the client has not even taken `100 Continue`."""
+        post = request("POST", "/todo", b"{}", Expect="100-continue")[:-2]
+        with (self.serving(constants=dict.fromkeys((IDLE, REQUEST, RESPONSE), 1.0)) as server,
+              contextlib.ExitStack() as held):
+            for _ in range(30):   # some of them get stuck there, others behind an answer
+                talk = held.enter_context(slow_reader(server))
+                talk.connection.setblocking(False)
+                with contextlib.suppress(ssl.SSLWantWriteError):
+                    for _ in range(1000):
+                        talk.connection.send(post)
+                        talk.connection.send(b"{}")
+            self.assertTrue(server.settles(PATIENCE), "no connection should stay for ever")
 
     @unittest.skipUnless(hasattr(socket, "TCP_QUICKACK"), "needs Linux")
     def test_a_client_with_nagles_algorithm(self) -> None:
@@ -428,9 +451,15 @@ class TestRefusals(ServerCase):
                 with self.subTest("the answer to a hello", groups=groups), server.connect_plain() as plain:
                     plain.sendall(client_hello(*groups))
                     self.assertRegex(plain.recv(65536), b"(?s)\\A" + answer)
+            before = processor_seconds(server)
+            for _ in range(20):
+                with server.connect_plain() as plain:
+                    plain.sendall(client_hello(P256, repeated=1900))   # 15 KB
+                    self.assertRegex(plain.recv(65536), b"(?s)\\A" + p256)
+            self.assertLess(processor_seconds(server) - before, 0.3)
 
     def test_what_a_peer_may_send_before_it_has_proved_who_it_is(self) -> None:
-        """64 KB, in which the longest honest chain fits; then the connection ends, and nobody has had to wait."""
+        """16 KB of a ClientHello, 64 KB with the longest honest chain. Then it is refused; nobody has had to wait."""
         one_byte = (record(20, b"\1") * 32 + record(22, b"x")) * 500   # 32 ChangeCipherSpec, as many as OpenSSL takes
         retried = (record(20, b"\1") + record(22, b"\1\1\xfb\xd0") + one_byte)   # a second hello, of 130 KB
         issue(lab(), "long", "/CN=mtls-client", "subjectAltName = " + ",".join(["DNS:" + "x" * 60] * 700))
@@ -442,12 +471,29 @@ class TestRefusals(ServerCase):
                 self.assertEqual(peer.recv(65536)[0], 22, "it should be asked for a second hello")
                 with contextlib.suppress(ConnectionError):
                     peer.sendall(retried)
-            peers += pending(server, held, 3, LONG_HELLO)
+            peers += pending(server, held, 3, HALF_HELLO + b"x" * 500)
             self.assert_served(server)
             for peer in peers:
                 peer.settimeout(10.0)
                 self.assertNotIn(b"HTTP", hear(peer))
             self.assertEqual(len(rejected(server, 6)), 6)
+
+    def test_sessions(self) -> None:
+        """A TLS 1.2 session can be resumed, but not all of them are kept: each has the client's certificates."""
+        context = lab().context("mallory", maximum_version=TLS_VERSIONS[0])
+        context.options |= ssl.OP_NO_TICKET   # so the server has to keep it
+
+        def session(former: ssl.SSLSession | None = None) -> ssl.SSLSession | None:
+            with (server.connect_plain() as plain,
+                  context.wrap_socket(plain, server_hostname="127.0.0.1", session=former) as connection):
+                return connection.session
+
+        with self.serving(constants={"server.MAX_SESSIONS": 20}) as server:
+            first = session()
+            self.assertEqual(session(first), first, "it is resumed")
+            for _ in range(20):
+                session()
+            self.assertTrue(comes_true(lambda: session(first) != first), "it should be forgotten in a second")
 
     def test_a_refused_peer_that_floods(self) -> None:
         """Draining what a refused peer still sends is bounded, in bytes as well as in time."""
@@ -488,22 +534,36 @@ class TestCapacity(ServerCase):
     def test_who_is_evicted(self) -> None:
         """At capacity, a newcomer replaces the longest idle connection; what has sent part of a request stays."""
         with self.serving(constants=FEW) as server, contextlib.ExitStack() as held:
-            begun = held.enter_context(Wire(server))
+            begun, early, newest = (held.enter_context(Wire(server)) for _ in range(3))
+            first = early.flight() + early.bytes_of(lambda: early.tls.write(ENDING_GET))   # together
+            early.plain.sendall(first[:-20])
             begun.shake_hands()
             both = begun.bytes_of(lambda: (begun.tls.write(GET), begun.tls.write(ENDING_GET)))
             begun.plain.sendall(both[:-20])
             begun.plain.recv(1, socket.MSG_PEEK)
-            busy, *idle = kept_alive(server, held, 5)
+            busy, *idle = kept_alive(server, held, 4)
             busy.begin_post()
             newcomers = kept_alive(server, held, 2)
             gone = [talk for talk in idle if not is_silent(talk.connection, 0.2)]
             self.assertEqual(gone, idle[:2], "one goes for each newcomer, the longest idle first")
             for talk in gone:
                 self.assert_ends_well(talk)
+            flight = newest.flight()
+            with paused(server):   # it finds both at once
+                newest.plain.sendall(flight)
+                idle[2].send(HALF)
+            idle[2].send(GET[len(HALF):] + GET)
+            answer = idle[2].answer()
+            self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"), "its last request")
+            self.assert_ends_well(idle[2])
             begun.plain.sendall(both[-20:])
             self.assertRegex(begun.hear(), b"^HTTP/1.1 200 (?s:.*)HTTP/1.1 200 ", "half a record is no idle connection")
+            early.plain.sendall(first[-20:])
+            newest.send(ENDING_GET)
+            for wire in (early, newest):
+                self.assertRegex(wire.hear(), b"^HTTP/1.1 200 ")
             self.assertEqual(busy.end_post().status, 201)
-            for talk in idle[2:] + newcomers:
+            for talk in newcomers:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)
 
     def test_who_is_dropped_before_the_handshake_is_complete(self) -> None:
@@ -525,19 +585,16 @@ class TestCapacity(ServerCase):
     def test_answers_that_nobody_takes(self) -> None:
         """A long list that changes all the time, for clients that do not read, and then reset, costs little memory."""
         with self.serving() as server, contextlib.ExitStack() as held:
-            talk = held.enter_context(Talk(server.connect()))
-            for number in range(900):
-                self.assertEqual(talk.ask("POST", "/todo", b'{"task": "%b"}' % (rb"\u0000" * 1000)).status, 201)
-                if number >= 850:
-                    reader = held.enter_context(Wire(server))
-                    reader.plain.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)   # the server has to wait
-                    reader.shake_hands()
-                    reader.send(GET * (100 if number % 10 == 0 else 1))
-                    reader.plain.recv(1, socket.MSG_PEEK)   # wait until the answer comes, but leave it there
-                    held.callback(reset, reader.plain)
+            fill_list(server, 700)
+            for number in range(50):
+                fill_list(server, 1)
+                reader = slow_reader(server).connection
+                held.callback(reset, reader)
+                reader.send(GET * (100 if number % 10 == 0 else 1))
+                self.assertFalse(is_silent(reader, PATIENCE))
             held.close()
             self.assert_served(server)
-            self.assertLess(peak_memory(server), 100, "MB")
+            self.assertLess(server.peak_memory(), 100, "MB")
 
 
 class TestDescriptors(ServerCase):
@@ -547,12 +604,9 @@ class TestDescriptors(ServerCase):
 
     def assert_waits_quietly(self, server: Server, newcomer: Wire) -> None:
         """The newcomer hears nothing for a second, in which the server hardly computes."""
-        def processor_seconds() -> float:   # as clock_getcpuclockid(3) does it
-            return time.clock_gettime(~server.process.pid << 3 | 2) if server.at_rest else 0.0
-
-        started, computed = time.monotonic(), processor_seconds()
+        started, computed = time.monotonic(), processor_seconds(server)
         self.assertTrue(is_silent(newcomer.plain, 1.0), "the newcomer should have to wait")
-        share = (processor_seconds() - computed) / (time.monotonic() - started)
+        share = (processor_seconds(server) - computed) / (time.monotonic() - started)
         self.assertLess(share, 0.2, "the server is busy while the newcomer waits")
 
     def test_crowds(self) -> None:
@@ -578,7 +632,7 @@ class TestDescriptors(ServerCase):
                         self.assert_served(server)
                         self.assertLessEqual(server.has("task"), 2, "the event loop's thread, and the log's")
                         self.assertLessEqual(server.has("fd"), server.at_rest + MAX_PENDING + len(idle) + 10)
-            self.assertLess(peak_memory(server), 64, "MB")
+            self.assertLess(server.peak_memory(), 64, "MB")
             for talk in idle:
                 self.assertEqual(talk.ask("GET", "/todo").status, 200)
             self.assertEqual(busy.end_post().status, 201)
@@ -632,8 +686,12 @@ class TestStop(ServerCase):
     def test_a_running_request_is_finished(self) -> None:
         """One in the middle is finished, all that only wait end at once, nobody new comes in, and it exits with 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
-            with (self.subTest(f"on {number.name}"), Server(lab()) as server, contextlib.ExitStack() as held):
-                posting = held.enter_context(Talk(server.connect()))
+            with (self.subTest(f"on {number.name}"), contextlib.ExitStack() as held,
+                  Server(lab(), constants={"event_loop.STOP_SECONDS": 2 * PATIENCE}) as server):
+                fill_list(server, 50)
+                reader, posting = held.enter_context(slow_reader(server)), held.enter_context(Talk(server.connect()))
+                reader.send(GET)
+                self.assertFalse(is_silent(reader.connection, PATIENCE))
                 posting.begin_post()
                 idle = kept_alive(server, held, 20)
                 peers = [*pending(server, held, 5), *pending(server, held, 5, HALF_HELLO),
@@ -649,11 +707,14 @@ class TestStop(ServerCase):
                 answer = posting.end_post()
                 self.assertEqual((answer.status, answer.headers["Connection"]), (201, "close"))
                 self.assert_ends_well(posting)
+                self.assertEqual(reader.answer().status, 200)
+                self.assert_ends_well(reader)
                 posting.__exit__()
+                reader.__exit__()
                 self.assertEqual(server.process.wait(PATIENCE), 0)
                 self.assertEqual(server.stdout.all()[-2:], [
-                    "[SERVER] Waiting for running requests, 5 s at most; Ctrl+C again ends at once.",
+                    "[SERVER] Waiting for running requests, 60 s at most; Ctrl+C again ends at once.",
                     "[SERVER] Stopped."])
                 lines = "\n".join(server.stderr.all())
-                self.assertEqual(lines.count('"POST /todo HTTP/1.1" 201 -'), 1)
+                self.assertEqual(lines.count('"POST /todo HTTP/1.1" 201 -'), 50 + 1)
                 self.assertNotRegex(lines, r"(?m)^(?!\[SERVER\] )|ERROR")

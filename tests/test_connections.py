@@ -25,10 +25,10 @@ from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire, comes_true, issue, lab, request
 
 MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/event_loop.py
-SLACK = 8.0
-"""Seconds that a deadline may come late: the machine may be busy."""
-HANDSHAKE, IDLE, REQUEST, LINGERING = (f"connections.DEADLINES[connections.Phase.{phase}]"
-                                       for phase in ("HANDSHAKE", "IDLE", "REQUEST", "LINGERING"))
+SLACK = 8.0   # seconds that a deadline may come late: the machine may be busy
+HANDSHAKE, IDLE, REQUEST, RESPONSE, LINGERING = (
+    f"connections.DEADLINES[connections.Phase.{phase}]"
+    for phase in ("HANDSHAKE", "IDLE", "REQUEST", "RESPONSE", "LINGERING"))
 
 FEW: dict[str, object] = {"event_loop.MAX_CLIENTS": 6, "event_loop.MAX_PENDING": 8,
                           HANDSHAKE: 60.0, IDLE: 60.0, REQUEST: 60.0}
@@ -166,19 +166,17 @@ class TestDeadlines(ServerCase):
                 "a silent connection ends": (5, self.shake_hands, (server, lambda wire: b"")),
                 "a ClientHello that comes byte by byte ends":
                     (5, self.shake_hands, (server, lambda wire: wire.bytes_of(wire.tls.do_handshake))),
-                "a handshake that stops halfway ends": (5, self.shake_hands, (server, lambda wire: wire.flight()[:0])),
                 "a handshake whose second half comes byte by byte ends": (5, self.shake_hands, (server, Wire.flight)),
                 "a connection without a request": (15, self.wait, (server, b"", b"", [])),
                 "an idle connection": (15, self.wait, (server, GET, b"", [200])),
                 "an idle connection with empty lines now and then": (15, self.wait, (server, GET, b"\r\n" * 8, [200])),
                 "a connection with the start of a TLS record": (15, self.wait, (server, b"", b"x" * 30, [], whole)),
                 "a request that stops after one byte": (10, self.wait, (server, b"G", b"", [408])),
-                "a request that stops in its body": (10, self.wait, (server, HALF_BODY, b"", [408])),
                 "a header that comes byte by byte": (10, self.wait, (server, HALF, b"x" * 30, [408])),
                 "a body that comes byte by byte": (10, self.wait, (server, HALF_BODY, b"x" * 30, [408])),
                 "a TLS record that comes byte by byte": (10, self.wait, (server, HALF, b"x" * 30, [408], whole)),
                 "a connection with a request now and then goes on": (16, self.ask_now_and_then, (server,)),
-                "what nobody takes ends, also a `100 Continue`": (10, self.take_no_response, ()),
+                "a response that nobody takes ends": (10, self.take_no_response, ()),
                 "a refused peer that stays is left": (1, self.stay_after, (server, None, ENDING_GET)),
                 "a peer that stays after an error is left": (2, self.stay_after, (server, "client", b"rubbish\r\n")),
                 "a peer that stays after its request was late is left": (12, self.stay_after, (server, "client", b"G")),
@@ -198,8 +196,8 @@ class TestDeadlines(ServerCase):
                     taken = results[what].result()
                     self.assertGreaterEqual(taken, seconds - 0.1)
                     self.assertLess(taken, seconds + SLACK)
-            reasons = sorted(rejected(server, 5))
-            self.assertEqual(([line[:len(LATE)] for line in reasons[:-1]], reasons[-1]), ([LATE] * 4, NO_CERTIFICATE))
+            reasons = sorted(rejected(server, 4))
+            self.assertEqual(([line[:len(LATE)] for line in reasons[:-1]], reasons[-1]), ([LATE] * 3, NO_CERTIFICATE))
             self.assertEqual(len([line for line in server.stderr.now() if '" 408 -' in line]), late)
 
     # The waits, each from its beginning to its end
@@ -233,19 +231,16 @@ class TestDeadlines(ServerCase):
             self.assert_ends_well(talk)
 
     def take_no_response(self) -> None:
-        post = request("POST", "/todo", b"{}", Expect="100-continue")[:-2]
-        with self.serving(constants={IDLE: 10.0}) as server, contextlib.ExitStack() as held:
+        with self.serving() as server, contextlib.ExitStack() as held:
             fill_list(server, 100)
-            still, slow, *others = (held.enter_context(slow_reader(server)) for _ in range(30))
-            for talk in (still, slow):
+            still, slow, late = (held.enter_context(slow_reader(server)) for _ in range(3))
+            for talk in (still, slow, late):
                 talk.send(GET)
                 self.assertFalse(is_silent(talk.connection, PATIENCE))
-            for talk in others:   # behind an answer, or a `100 Continue`
-                talk.connection.setblocking(False)
-                with contextlib.suppress(ssl.SSLWantWriteError):
-                    while True:
-                        talk.connection.send(post)
-                        talk.connection.send(b"{}")
+            socket.socket.shutdown(late.connection, socket.SHUT_WR)
+            self.assertEqual(late.answer().status, 200, "it is slow, but takes all")
+            self.assert_ends_well(late)
+            late.__exit__()
             if not server.at_rest:
                 time.sleep(11)   # without /proc it cannot be seen when the server lets go
             for _ in range(20):
@@ -326,9 +321,23 @@ class TestRequests(ServerCase):
             self.assert_no_defect_logged(server)
             self.assertEqual(server.stop(), 0, "it does not wait for all that they have sent")
 
+    def test_who_takes_nothing(self) -> None:
+        """No request stays for ever, also where the client has not even taken `100 Continue`."""
+        post = request("POST", "/todo", b"{}", Expect="100-continue")[:-2]
+        with (self.serving(constants=dict.fromkeys((IDLE, REQUEST, RESPONSE), 1.0)) as server,
+              contextlib.ExitStack() as held):
+            for _ in range(30):   # some of them get stuck there, others behind an answer
+                connection = held.enter_context(slow_reader(server)).connection
+                connection.setblocking(False)
+                with contextlib.suppress(ssl.SSLWantWriteError, ConnectionError):
+                    while True:
+                        connection.send(post)
+                        connection.send(b"{}")
+            self.assertTrue(server.settles(PATIENCE))
+
     @unittest.skipUnless(hasattr(socket, "TCP_QUICKACK"), "needs Linux")
     def test_nagles_algorithm(self) -> None:
-        """It costs no client 40 ms, although clients have it: not the first request, and not the second of two answers."""
+        """Though clients have it, it costs 40 ms neither for a first request nor for the second of two answers."""
         def seconds(talk: Talk) -> float:
             began = time.monotonic()
             talk.send(GET * 2)
@@ -347,7 +356,10 @@ class TestRefusals(ServerCase):
     seconds = 8
 
     def test_every_refusal_is_heard(self) -> None:
-        """300 clients without a certificate read the alert on each TLS version, several at once, some still sending."""
+        """300 clients without a certificate read the alert on each TLS version, several at once, some still sending.
+
+        The connection does not end together with the alert, which some browsers then would not show.
+        """
         data = (GET, GET + b"x" * 50_000, GET + b"x" * 500_000)
 
         def knock(server: Server, context: ssl.SSLContext, number: int) -> str:
@@ -366,18 +378,14 @@ class TestRefusals(ServerCase):
                     heard = collections.Counter(pool.map(functools.partial(knock, server, context), range(300)))
                     self.assertEqual(heard, {alert: 300})
             self.assertEqual(server.stderr.wait_for(lambda lines: len(lines) >= 600), [NO_CERTIFICATE] * 600)
-
-    def test_the_alert_comes_before_the_end(self) -> None:
-        """The connection does not end together with the alert, which some browsers then would not show."""
-        with self.serving() as server:
-            waits = 0
-            for _ in range(5):   # on a busy machine, this test may be late to look
-                with Wire(server, None) as wire:
+            with contextlib.ExitStack() as held:   # several, because on a busy machine this may be late to look
+                for wire in [held.enter_context(Wire(server, None)) for _ in range(5)]:
                     wire.shake_hands()
-                    self.assertRegex(wire.plain.recv(65536), rb"\A[\x14-\x17]\x03\x03")
-                    waits += is_silent(wire.plain, 0.15)
-                    self.assertEqual(wire.plain.recv(65536), b"", "it ends in order")
-            self.assertGreater(waits, 0, "the end should follow the alert only after a while")
+                    wire.plain.recv(65536)   # the alert
+                    if is_silent(wire.plain, 0.15):
+                        break
+                else:
+                    self.fail("the end should follow the alert only after a while")
 
     def test_strange_openings(self) -> None:
         """What is no TLS, or ends too early, costs one REJECTED line, and hears no HTTP."""

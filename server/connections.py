@@ -29,10 +29,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from event_loop import EventLoopServer
 
+MAX_HELLO = 16 * 1024        # bytes until a ClientHello is whole: an honest one has 4 KB at most
 MAX_HANDSHAKE = 64 * 1024    # bytes until a peer has proved who it is: the longest honest chain fits
 MAX_LINGER = 16 * 1024 ** 2  # bytes that a peer may still send while we wait for its end
 CHUNK = 4 * 1024             # bytes of a peer in one step, so that none of its steps is long
-SLICE = 64 * 1024            # bytes of an answer that are encrypted in one step
+SLICE = 64 * 1024            # bytes of an answer that are encrypted in one step; no piece of one is longer
 
 Phase = enum.Enum("Phase", "HANDSHAKE WAITING IDLE REQUEST RESPONSE REFUSED LINGERING")
 DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.WAITING: 15.0, Phase.IDLE: 15.0, Phase.REQUEST: 10.0,
@@ -154,11 +155,11 @@ class Connection(asyncio.BufferedProtocol):
             self.server.authenticated(self)
             yield from self.wait_for_place()
             self.handler = self.server.RequestHandlerClass(self, self.address, self.server)
-            self.enter(Phase.IDLE)
+            self.be_idle()
             while (yield from self.exchange()):
                 if not self.is_idle:   # it pipelines: one request per turn of the loop, so that it cannot hold it
                     self.server.loop.call_soon(self.wake)
-                    yield
+                    yield from self.wait()
         except OSError as error:   # ssl.SSLError is one
             if self.phase in (Phase.HANDSHAKE, Phase.WAITING):
                 self.server.refused(self.address, error)
@@ -178,8 +179,9 @@ class Connection(asyncio.BufferedProtocol):
                 if self.outgoing.pending:   # an answer: so the ClientHello was whole
                     self.server.make_pending(self)
                 self.flush()
-            if self.received > MAX_HANDSHAKE:
-                raise ConnectionError(f"sent more than {MAX_HANDSHAKE:,} bytes without completing the handshake")
+            limit = MAX_HELLO if self in self.server.opening else MAX_HANDSHAKE
+            if self.received > limit:
+                raise ConnectionError(f"sent more than {limit:,} bytes without completing the handshake")
             yield from self.wait()
         self.flush()
         if hasattr(socket, "TCP_QUICKACK"):
@@ -203,21 +205,24 @@ class Connection(asyncio.BufferedProtocol):
                 yield from self.send(self.handler.wfile.take())
             if self.phase is Phase.IDLE and self.handler.has_begun:
                 self.enter(Phase.REQUEST)
-                self.told_to_end = False   # a request that has begun is ended by its own deadline only
-            while (data := self.decrypt()) is None and not self.told_to_end:
+            while (data := self.decrypt()) is None and not self.is_over:
                 yield from self.wait()
             if data:
                 self.handler.receive(data)
             elif self.phase is Phase.IDLE:
                 return False
             else:
-                self.handler.break_off(after=DEADLINES[Phase.REQUEST] if self.told_to_end else None)
+                self.handler.break_off(after=DEADLINES[Phase.REQUEST] if data is None else None)
                 break
         self.enter(Phase.RESPONSE)
         yield from self.send(self.handler.wfile.take())
-        self.enter(Phase.IDLE)
-        self.received = self.incoming.pending   # perhaps part of the next request
+        self.be_idle()
         return not (self.handler.close_connection or self.told_to_end)
+
+    def be_idle(self) -> None:
+        """Wait for the next request, of which a part may have arrived already."""
+        self.enter(Phase.IDLE)
+        self.received = self.incoming.pending
 
     # --- TLS in memory -------------------------------------------------------------------------
 
@@ -240,15 +245,16 @@ class Connection(asyncio.BufferedProtocol):
             self.flush()   # TLS may have something to say itself
 
     def send(self, pieces: list[bytes]) -> Generator[None, None, None]:
-        """Encrypt and send, a slice at a time, each when the peer has taken the one before. Raises OSError."""
+        """Encrypt and send, a piece at a time, each when the peer has taken the one before. Raises OSError."""
         if sum(map(len, pieces)) <= SLICE:
             pieces = [b"".join(pieces)]   # one TLS record, if it is a short answer
         for piece in pieces:
-            for start in range(0, len(piece), SLICE):
-                self.tls.write(memoryview(piece)[start:start + SLICE])
-                self.flush()
-                while self.congested:
-                    yield from self.wait()
+            self.tls.write(piece)
+            self.flush()
+            if self.transport.is_closing():   # lost: what is encrypted now would only pile up
+                raise ConnectionAbortedError("closed")
+            while self.congested:
+                yield from self.wait()
 
     # --- Its end -------------------------------------------------------------------------------
 
@@ -257,12 +263,17 @@ class Connection(asyncio.BufferedProtocol):
         """Whether it waits for a request of which nothing has arrived, not even half of a TLS record."""
         return self.phase is Phase.IDLE and not (self.received or self.handler.has_begun)
 
+    @property
+    def is_over(self) -> bool:
+        """Whether to wait no more. A request that has begun has until its own deadline, even if the place is needed."""
+        return self.told_to_end and (self.phase is not Phase.REQUEST or time.monotonic() >= self.deadline)
+
     def end(self) -> None:
         """Its deadline has passed, or its place is needed. What has arrived is still answered."""
         self.told_to_end = True
         if self.phase is Phase.HANDSHAKE:
             self.drop(TimeoutError(f"no complete handshake within {DEADLINES[Phase.HANDSHAKE]:.0f} s"))
-        elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST):
+        elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST) and not self.congested:
             self.server.loop.call_soon(self.wake)   # after what this turn of the loop still reads: it is answered
         else:
             self.transport.abort()

@@ -166,13 +166,13 @@ class EventLoopServer(http.server.HTTPServer):
         await asyncio.wait([accepting], timeout=0.01)   # a connection that is just coming in must not get lost
         accepting.cancel()
         self.server_close()
-        for connection in self.connections():
-            if connection.phase in (Phase.HANDSHAKE, Phase.WAITING, Phase.IDLE):
-                connection.end()
         if any(one.phase in (Phase.REQUEST, Phase.RESPONSE) for one in self.connections()):
             self.finishing()
         deadline = time.monotonic() + STOP_SECONDS
         while self.connections() and time.monotonic() < deadline:
+            for connection in self.connections():
+                if connection.phase in (Phase.HANDSHAKE, Phase.WAITING, Phase.IDLE):
+                    connection.end()
             await asyncio.sleep(0.01)
         watching.cancel()
         for connection in self.connections():

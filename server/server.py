@@ -38,6 +38,8 @@ CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any curr
 MAX_BODY = 64 * 1024   # bytes of a request's body
 MAX_TASK = 1000        # characters
 MAX_ITEMS = 1000       # on the list
+MAX_BLOCK = 16 * 1024  # bytes of the encoded list that a new item replaces
+MAX_SESSIONS = 100     # of TLS 1.2 that can be resumed
 
 
 # --- TLS: what makes it mutual -------------------------------------------------------------
@@ -58,8 +60,8 @@ def tls_context(certs: Path) -> ssl.SSLContext:
     # For TLS 1.2, only forward secrecy with authenticated encryption: Python's default still has
     # the CBC suites (padding oracles). TLS 1.3 has nothing else.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    # All those suites are good, so the client may choose: it knows which one is fast for it.
-    context.options &= ~ssl.OP_CIPHER_SERVER_PREFERENCE
+    # Python's default stays: of all that both sides can do, our order decides. By the client's order, OpenSSL
+    # would compare its whole list of signature algorithms with itself: 0.6 s of CPU for a ClientHello of 60 KB.
     # Key exchange in cheap groups only: anyone can send a ClientHello, and the largest group
     # (ffdhe8192) would cost 0.2 s of CPU for each. P-256 is the one that every client has.
     if hasattr(context, "set_groups"):   # Python 3.15
@@ -128,9 +130,14 @@ class TodoServer(EventLoopServer):
         if time.monotonic() >= self.next_look:
             self.next_look = time.monotonic() + 1.0
             news = self.certificates.look()
-            self.context = self.certificates.context
             if news:
                 self.log.write(news)
+            # OpenSSL keeps each session with all certificates that the client has sent: 20,480 sessions, for two
+            # hours. Python cannot limit that, but a new context begins without any.
+            if self.context.session_stats()["number"] > MAX_SESSIONS:
+                with contextlib.suppress(Unusable):
+                    self.certificates.take_up()
+            self.context = self.certificates.context
 
     def refused(self, client_address: Any, reason: Exception) -> None:
         """Log who has not come through the handshake, and why."""
@@ -248,8 +255,10 @@ class TodoStore:
     """The items, in memory: gone when the server stops."""
 
     def __init__(self) -> None:
-        self.encoded: list[bytes] = []   # each item as it stands in the list
-        self.joined: bytes | None = None   # the end of every client's listing, until the next `add`
+        self.number = 0
+        # The items as they stand in a listing. A new item replaces the last block only: listings that are still
+        # being sent share all others, however many clients are slow to take theirs.
+        self.blocks = [b""]
         for task in ("Set up local CA", "Issue server certificate", "Issue client certificate",
                      "Configure mTLS server"):
             self.add(task, True)
@@ -257,25 +266,26 @@ class TodoStore:
 
     def add(self, task: str, done: bool) -> dict[str, object]:
         """Append an item and return it. Raises Refusal if the list is full."""
-        if len(self.encoded) >= MAX_ITEMS:
+        if self.number >= MAX_ITEMS:
             raise Refusal(HTTPStatus.INSUFFICIENT_STORAGE,
                           f"list: is full with {MAX_ITEMS:,} items; restart the server to empty it")
-        item: dict[str, object] = {"id": len(self.encoded) + 1, "task": task, "done": done}
-        self.encoded.append(textwrap.indent(encode(item).decode().rstrip("\n"), "    ").encode())
-        self.joined = None
+        self.number += 1
+        item: dict[str, object] = {"id": self.number, "task": task, "done": done}
+        text = textwrap.indent(encode(item).decode().rstrip("\n"), "    ")
+        if len(self.blocks[-1]) > MAX_BLOCK:
+            self.blocks.append(b"")
+        self.blocks[-1] += (",\n" * (self.number > 1) + text).encode()
         return item
 
-    def listing(self, client: str | None) -> tuple[bytes, bytes]:
-        """The body of an answer to ``client``, in two pieces: its own, and the one that all clients share."""
-        if self.joined is None:
-            self.joined = b'  "todos": [\n' + b",\n".join(self.encoded) + b"\n  ]\n}\n"
-        return listing_head(client), self.joined
+    def listing(self, client: str | None) -> list[bytes]:
+        """The body of an answer to ``client``, in pieces: all but the first are the same for all clients."""
+        return [listing_head(client), *self.blocks, b"\n  ]\n}\n"]
 
 
 @functools.lru_cache
 def listing_head(client: str | None) -> bytes:
-    """What stands before the list in an answer to ``client``."""
-    return encode({"client": client}).removesuffix(b"\n}\n") + b",\n"
+    """What stands before the items in an answer to ``client``."""
+    return encode({"client": client}).removesuffix(b"\n}\n") + b',\n  "todos": [\n'
 
 
 # --- Settings ------------------------------------------------------------------------------

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import atexit
+import compileall
 import contextlib
 import functools
 import http.client
 import json
 import os
 import pty
+import queue
 import random
 import re
 import resource
@@ -61,6 +63,7 @@ _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "
 def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
     """The environment of the tests without what steers the lab. ``extra`` adds variables, or removes them (None)."""
     own = {name: value for name, value in os.environ.items() if not name.upper().startswith(_STEERING)}
+    own["SSL_CERT_FILE"] = os.devnull   # openssl x509 reads the system's CAs each time, which takes 15 of its 18 ms
     return {name: value for name, value in {**own, **(extra or {})}.items() if value is not None}
 
 
@@ -93,10 +96,14 @@ def comes_true(condition: Callable[[], object], seconds: float = PATIENCE) -> bo
     return True
 
 
-def succeed(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str | None] | None = None) -> str:
-    """Run a command without a terminal; returns all that it prints, raises AssertionError with it on failure."""
-    result = subprocess.run(command, cwd=cwd or scratch(), env=environment(env), stdin=subprocess.DEVNULL, text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+def succeed(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str | None] | None = None,
+            typed: str = "") -> str:
+    """Run a command without a terminal; returns all that it prints, raises AssertionError with it on failure.
+
+    What is ``typed`` comes from a pipe. Without a terminal, openssl reads a password from there, too.
+    """
+    result = subprocess.run(command, cwd=cwd or scratch(), env=environment(env), input=typed, text=True, check=False,
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True)
     if result.returncode:
         raise AssertionError(f"{command} failed:\n{result.stdout}")
     return result.stdout
@@ -137,6 +144,44 @@ def prepared_path() -> str:
     return f"{folder}{os.pathsep}{os.environ['PATH']}"
 
 
+# Starting Python takes several times as long as what a client does. This one has started, and forks for each run.
+_FORKING = """if True:
+    import argparse, gettext, http.client, json, locale, os, shutil, signal, ssl, sys, tempfile, urllib.request
+    for line in sys.stdin:
+        code, sys.argv, variables, folder = json.loads(line)
+        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+            if not (child := os.fork()):
+                for number, descriptor in enumerate((os.open(os.devnull, os.O_RDONLY), out.fileno(), err.fileno())):
+                    os.dup2(descriptor, number)
+                os.environ.clear()
+                os.environ.update(variables)
+                os.chdir(folder)
+                signal.alarm(60)
+                exec(code)
+                sys.exit()
+            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+            said = [os.pread(file.fileno(), 10 ** 7, 0).decode(errors="surrogateescape") for file in (out, err)]
+        print(json.dumps([status, *said]), flush=True)
+"""
+_waiting: queue.LifoQueue[subprocess.Popen[str]] = queue.LifoQueue()
+
+
+def forked(code: str, *arguments: str, env: Mapping[str, str | None] | None = None,
+           cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run Python code that needs no Python of its own; ``arguments`` are its sys.argv."""
+    try:
+        python = _waiting.get_nowait()
+    except queue.Empty:
+        python = subprocess.Popen([sys.executable, "-W", "error", "-c", _FORKING], env=environment(), text=True,
+                                  stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        atexit.register(python.communicate)   # and so it ends
+    assert python.stdin and python.stdout
+    print(json.dumps([code, arguments, environment(env), str(cwd or scratch())]), file=python.stdin, flush=True)
+    code_and_output = json.loads(python.stdout.readline())
+    _waiting.put(python)
+    return subprocess.CompletedProcess(arguments, *code_and_output)
+
+
 def free_port() -> str:
     """A port for a program that needs a fixed one, outside the range from which the system picks free ports."""
     while True:
@@ -146,20 +191,38 @@ def free_port() -> str:
             return str(port)
 
 
+@once
+def compiled() -> Path:
+    """The project's programs, compiled, so that not every copy has to do it anew."""
+    folder = new_folder("compiled")
+    for pattern in ("certs/*.sh", "certs/*.cnf", "server/*.py", "client/*.py"):
+        for file in ROOT.glob(pattern):
+            (folder / file.parent.name).mkdir(exist_ok=True)
+            shutil.copy(file, folder / file.parent.name)
+    compileall.compile_dir(folder, quiet=1)
+    return folder
+
+
 class Lab:
     """A copy of the project, without certificates until `generate` or `issue` makes them."""
 
     def __init__(self, name: str = "lab") -> None:
         self.root = new_folder(name) / "mtls-lab"
         self.certs = self.root / "certs"
-        for pattern in ("certs/*.sh", "certs/*.cnf", "server/*.py", "client/*.py"):
-            for file in ROOT.glob(pattern):
-                (self.root / file.parent.name).mkdir(parents=True, exist_ok=True)
-                shutil.copy(file, self.root / file.parent.name)
+        shutil.copytree(compiled(), self.root)
 
     def generate(self, *arguments: str, **variables: str) -> None:
         """Run gen_certs.sh with prepared keys and no terminal."""
         succeed("bash", self.certs / "gen_certs.sh", *arguments, env={"PATH": prepared_path(), **variables})
+
+    def take(self, steps: str) -> str:
+        """Run commands in the project's folder, as a program prints them; returns what they print.
+
+        To the question for a password the answer is "secret". $LAB and $OTHER are the certs/ of the shared labs.
+        """
+        return succeed("sh", "-c", steps, cwd=self.root, typed="secret\n", env={
+            "PATH": prepared_path(), "MTLS_PFX_PASSWORD": "secret", "LAB": str(lab().certs),
+            "OTHER": str(other_lab().certs)})
 
     def run(self, script: str, *arguments: str,
             env: Mapping[str, str | None] | None = None) -> subprocess.CompletedProcess[str]:
@@ -168,14 +231,15 @@ class Lab:
                               env=environment(env), stdin=subprocess.DEVNULL, capture_output=True, check=False,
                               encoding="utf-8", errors="backslashreplace", timeout=PATIENCE * 2)
 
-    def context(self, certificate: str | None = "client", **settings: Any) -> ssl.SSLContext:
-        """A client's context: trusts the lab's CA, presents ``certificate`` (None: none)."""
+    def context(self, certificate: str | None = "client", of: Lab | None = None, **settings: Any) -> ssl.SSLContext:
+        """A client's context: trusts the lab's CA, presents its or another's ``certificate`` (None: none)."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         # Some Pythons (Debian's 3.11) set this, and then an end without close_notify looks like one with it.
         context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
         context.load_verify_locations(self.certs / "ca.crt")
         if certificate is not None:
-            context.load_cert_chain(self.certs / f"{certificate}.crt", self.certs / f"{certificate}.key")
+            path = (of or self).certs / certificate
+            context.load_cert_chain(f"{path}.crt", f"{path}.key")
         for name, value in settings.items():
             setattr(context, name, value)
         return context
@@ -198,10 +262,14 @@ def other_lab() -> Lab:
     return other
 
 
-def copy_of_lab(name: str) -> Lab:
-    """A lab with the certificates of the shared one, that a test may change."""
+def copy_of_lab(name: str, spoil: str = "") -> Lab:
+    """A lab with the certificates of the shared one, that a test may change; first, by commands in its certs/."""
     copy = Lab(name)
-    shutil.copytree(lab().certs, copy.certs, dirs_exist_ok=True)
+    for file in lab().certs.iterdir():
+        if file.stem in ("ca", "server", "client", "mallory"):   # not what other tests add
+            shutil.copy(file, copy.certs)
+    if spoil:
+        copy.take(f"cd certs; {spoil}")
     return copy
 
 

@@ -7,7 +7,6 @@ import os
 import re
 import shutil
 import ssl
-import subprocess
 import sys
 import unittest
 from collections.abc import Callable
@@ -15,53 +14,22 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import (
-    ROOT,
-    Lab,
-    Server,
-    ServerCase,
-    Talk,
-    comes_true,
-    copy_of_lab,
-    environment,
-    issue,
-    lab,
-    new_folder,
-    openssl,
-    other_lab,
-    prepared_path,
-    side_by_side,
-    succeed,
-)
+from tests import support
+from tests.support import Lab, Server, ServerCase, Talk, copy_of_lab, issue, lab, other_lab
 
-sys.path.insert(0, str(ROOT / "server"))
+sys.path.insert(0, str(support.ROOT / "server"))
 import certificates as module
-from certificates import FILES, Certificates
+from certificates import Certificates
 from problems import Unusable, in_words
 
 from server import tls_context
 
 EXPIRED = "20200101000000Z", "20200201000000Z"
-FOLDER, UNREADABLE = b"a folder", b"unreadable"
 
 
 def of(name: str, source: Lab | None = None) -> bytes:
     """A file of the lab, or of another one."""
     return ((source or lab()).certs / name).read_bytes()
-
-
-def made(command: str) -> bytes:
-    """What openssl makes of the lab's files."""
-    result = new_folder("made") / "file"
-    openssl(*command.split(), "-out", result, cwd=lab().certs)
-    return result.read_bytes()
-
-
-def context_of(source: Lab, client_of: Lab, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    """A client that trusts the CA of one lab and has a certificate of another."""
-    context = source.context(None, maximum_version=version)
-    context.load_cert_chain(client_of.certs / "client.crt", client_of.certs / "client.key")
-    return context
 
 
 def failure(server: ssl.SSLContext, client: ssl.SSLContext, name: str = "localhost", then: bytes | None = None) -> str:
@@ -93,12 +61,11 @@ class TestWords(unittest.TestCase):
 
     def test_who_refused_whom(self) -> None:
         """A client that refuses us, one that we refuse, and one that leaves; without OpenSSL's history."""
-        copy = copy_of_lab("words")
-        issue(copy, "expired", "/CN=localhost", "subjectAltName = DNS:localhost", *EXPIRED)
+        issue(copy := copy_of_lab("words"), "expired", "/CN=localhost", "subjectAltName = DNS:localhost", *EXPIRED)
         ours, wrong_job, expired = (tls_context(copy.certs) for _ in range(3))
         for context, name in (wrong_job, "client"), (expired, "expired"):
             context.load_cert_chain(copy.certs / f"{name}.crt", copy.certs / f"{name}.key")
-        old = context_of(copy, copy, ssl.TLSVersion.TLSv1_2)
+        old = copy.context(maximum_version=ssl.TLSVersion.TLSv1_2)
 
         def alert(code: int) -> str:
             return failure(ours, old, then=b"\x15\x03\x03\0\2\2" + bytes([code]))
@@ -116,81 +83,71 @@ class TestWords(unittest.TestCase):
                 (failure(ours, copy.context(None)), "^peer did not return a certificate$"),
                 (failure(ours, copy.context("expired")), by_us + "certificate has expired$"),
                 (failure(ours, copy.context("server")), by_us + ".* purpose; it is not for a client"),
-                (failure(ours, context_of(copy, other_lab())), by_us + ".*; no CA in ca.crt has signed it$"),
+                (failure(ours, copy.context(of=other_lab())), by_us + ".*; no CA in ca.crt has signed it$"),
                 (in_words(OSError("a\nb\x1b[31m" + "x" * 500)), r"^a\?b\?\[31mx*$")):
             with self.subTest(words):
                 self.assertRegex(said, words)
                 self.assertRegex(said, r"\A[ -~]{1,200}\Z")
 
 
+RENEW = "bash certs/gen_certs.sh renew"
+REMADE, ANOTHER = "openssl req -new -x509 .* -key certs/ca.key", f"mv certs/server.key certs/server.old.key && {RENEW}"
+CAUSES: list[tuple[str, ...]] = [   # what spoils a lab, and what the server says, step by step
+    ("rm ca.crt", f"ca.crt: is missing; .*: {REMADE}"),
+    ("rm ca.crt ca.key", "copy it from where .*, or .* new CA: bash certs/gen_certs.sh$"),
+    ("rm *.key server.crt ca.crt", "ca.crt: is missing; .* CA included: bash certs/gen_certs.sh$"),
+    (": >ca.crt", f"ca.crt: holds nothing, .*: {REMADE}"),
+    ("sed -i.old 5d ca.crt", f"ca.crt: is damaged; .*: {REMADE}"),
+    ("openssl x509 -outform DER -in ca.crt -out a; mv a ca.crt", "in DER, .*: openssl x509 -inform DER"),
+    ("cp server.crt ca.crt", f"ca.crt: is no CA's certificate; .*: {REMADE}"),
+    ("rm server.crt server.key client.crt", f"server.crt: is missing; .*: {RENEW}$"),
+    ("rm server.crt; mkdir server.crt", "is a folder .*: rmdir certs/server.crt$", f"is missing; .*: {RENEW} server$"),
+    ("cp server.csr server.crt", rf"holds a certificate request \(CSR\), .*: {RENEW}"),
+    ("sed -i.old 5d server.crt", f"server.crt: is damaged; .*: {RENEW}"),
+    ("cp server.key server.crt", f"server.crt: holds a private key, .*: {RENEW}"),
+    ("openssl pkcs12 -export -passout pass:secret -inkey server.key -in server.crt -out a; cp a server.crt; "
+     "mv a server.key", r"server.crt: holds a PFX \(PKCS#12\), .*: openssl pkcs12 -clcerts",
+     "server.key: .*pkcs12 -nocerts"),
+    ('cp "$OTHER"/server.* .', f"server.crt: is not signed by the CA in ca.crt; .*: {RENEW}"),
+    ("cp client.crt server.crt; cp client.key server.key", f"server.crt: is not for a server .*; .*: {RENEW}"),
+    ("rm server.key", f"server.key: is missing; .*: {RENEW}"),
+    ("echo junk >server.key", f"server.key: holds neither PEM nor DER, .*: {ANOTHER}"),
+    ("sed -i.old 5d server.key", f"server.key: is damaged; .*: {ANOTHER}"),
+    ("cp client.key server.key", f"server.key: does not belong to server.crt; .*: {RENEW}"),
+    ("openssl ecparam -name prime256v1 -genkey -noout -out server.key", "server.key: does not belong to"),
+    ("openssl pkey -outform DER -in server.key -out a; mv a server.key", "in DER, .*openssl pkey -inform DER"),
+    ("openssl rsa -aes128 -passout pass:secret -in server.key -out a; mv a server.key",
+     "holds a private key with a password, .*; remove the password: .*openssl pkey"),
+    *([("echo >server.key; chmod 0 server.key", "may not be read; it is yours: chmod u.r certs/", ANOTHER)]
+      if os.getuid() else []),   # root may read everything
+]
+
+
 class TestCauses(unittest.TestCase):
     """Files that cannot be used: which one, why, and a step that helps. The steps are taken, as they are printed."""
 
-    def take_steps(self, case: tuple[dict[str, bytes | None], list[str]]) -> str | None:
-        """Spoil files. The server names these problems one after the other, and what it says to do helps against each.
+    def overcome(self, cause: tuple[str, ...]) -> str | None:
+        """The server names these problems one after the other, and what it says to do helps against each.
 
         Returns what is wrong with that, if anything.
         """
-        copy = copy_of_lab("spoilt")
-        for name, content in case[0].items():
-            (copy.certs / name).unlink()
-            if content is FOLDER:
-                (copy.certs / name).mkdir()
-            elif content is not None:
-                (copy.certs / name).write_bytes(content)
-                (copy.certs / name).chmod(0 if content is UNREADABLE else 0o600)
+        copy = copy_of_lab("spoilt", cause[0])
         try:
-            for problem in case[1]:
+            for problem in cause[1:]:
                 with self.assertRaisesRegex(Unusable, problem) as refusal:
                     Certificates(copy.certs, tls_context)
-                command = re.search(r": ((?:bash|openssl|\(umask|mv|rmdir|chmod) [ -~]*)\Z", str(refusal.exception))
-                subprocess.run(["sh", "-c", command[1] if command else "false"], cwd=copy.root, input=b"secret\n",
-                               env=environment({"PATH": prepared_path()}), capture_output=True, check=True,
-                               start_new_session=True)   # without a terminal, so openssl reads the password from here
+                step = re.search(r": ((?:bash|openssl|\(umask|mv|rmdir|chmod) [ -~]*)\Z", str(refusal.exception))
+                copy.take(step[1] if step else "false")
             self.assertIsNone(Certificates(copy.certs, tls_context).warning)
             self.assertEqual((copy.certs / "server.key").stat().st_mode & 0o777, 0o600)
-        except (AssertionError, Unusable, subprocess.CalledProcessError) as error:
+        except (AssertionError, Unusable) as error:
             return repr(error)
         return None
 
     def test_each_cause(self) -> None:
         """Missing, empty, damaged, in another form, something else, not fitting."""
-        renew, remade = "bash certs/gen_certs.sh renew", "openssl req -new -x509 .* -key certs/ca.key"
-        another, pfx = "mv certs/server.key certs/server.old.key && " + renew, made(
-            "pkcs12 -export -passout pass:secret -inkey server.key -in server.crt")
-        damaged = "-----BEGIN {0}-----\nAAAA\n-----END {0}-----\n"
-        cases: list[tuple[dict[str, bytes | None], list[str]]] = [
-            ({"ca.crt": None}, [f"ca.crt: is missing; .*: {remade}"]),
-            ({"ca.crt": None, "ca.key": None}, ["copy it from where .*, or .* new CA: bash certs/gen_certs.sh$"]),
-            (dict.fromkeys(("ca.key", *FILES)), ["ca.crt: is missing; .* CA included: bash certs/gen_certs.sh$"]),
-            ({"ca.crt": b""}, [f"ca.crt: holds nothing, .*: {remade}"]),
-            ({"ca.crt": damaged.format("CERTIFICATE").encode()}, [f"ca.crt: is damaged; .*: {remade}"]),
-            ({"ca.crt": made("x509 -outform DER -in ca.crt")}, ["in DER, .*: openssl x509 -inform DER"]),
-            ({"ca.crt": of("server.crt")}, [f"ca.crt: is no CA's certificate; .*: {remade}"]),
-            ({"server.crt": None, "server.key": None, "client.crt": None}, [f"server.crt: is missing; .*: {renew}$"]),
-            ({"server.crt": FOLDER}, ["is a folder .*: rmdir certs/server.crt$", f"is missing; .*: {renew} server$"]),
-            ({"server.crt": of("server.csr")}, [rf"holds a certificate request \(CSR\), .*: {renew}"]),
-            ({"server.crt": damaged.format("CERTIFICATE").encode()}, [f"server.crt: is damaged; .*: {renew}"]),
-            ({"server.crt": of("server.key")}, [f"server.crt: holds a private key, .*: {renew}"]),
-            ({"server.crt": pfx, "server.key": pfx},
-             [r"server.crt: holds a PFX \(PKCS#12\), .*: openssl pkcs12 -clcerts", "server.key: .*pkcs12 -nocerts"]),
-            ({name: of(name, other_lab()) for name in ("server.crt", "server.key")},
-             [f"server.crt: is not signed by the CA in ca.crt; .*: {renew}"]),
-            ({f"server.{kind}": of(f"client.{kind}") for kind in ("crt", "key")},
-             [f"server.crt: is not for a server .*; .*: {renew}"]),
-            ({"server.key": None}, [f"server.key: is missing; .*: {renew}"]),
-            ({"server.key": b"junk"}, [f"server.key: holds neither PEM nor DER, .*: {another}"]),
-            ({"server.key": damaged.format("PRIVATE KEY").encode()}, [f"server.key: is damaged; .*: {another}"]),
-            ({"server.key": of("client.key")}, [f"server.key: does not belong to server.crt; .*: {renew}"]),
-            ({"server.key": made("ecparam -name prime256v1 -genkey -noout")}, ["server.key: does not belong to"]),
-            ({"server.key": made("pkey -outform DER -in server.key")}, ["in DER, .*openssl pkey -inform DER"]),
-            ({"server.key": made("rsa -aes128 -passout pass:secret -in server.key")},
-             ["holds a private key with a password, .*; remove the password: .*openssl pkey"]),
-        ]
-        if os.getuid():   # root may read everything
-            cases.append(({"server.key": UNREADABLE}, ["may not be read; it is yours: chmod u.r certs/", another]))
-        for wrong, (files, _) in zip(side_by_side(self.take_steps, cases), cases, strict=True):
-            with self.subTest(files=files):
+        for wrong, cause in zip(support.side_by_side(self.overcome, CAUSES), CAUSES, strict=True):
+            with self.subTest(cause[0]):
                 self.assertIsNone(wrong)
 
 
@@ -280,7 +237,8 @@ class TestLook(unittest.TestCase):
                 self.assertEqual(certificates.found.issuer, of("ca.crt", server_of), "what is sent with server.crt")
                 for version in ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3:
                     for client_of in order:
-                        self.assertEqual(failure(certificates.context, context_of(server_of, client_of, version)), "")
+                        client = server_of.context(of=client_of, maximum_version=version)
+                        self.assertEqual(failure(certificates.context, client), "")
 
     def test_many_changes_cost_nothing(self) -> None:
         """No descriptor and no memory is lost by them. (In a process of its own: here, others run meanwhile.)"""
@@ -289,13 +247,14 @@ class TestLook(unittest.TestCase):
             certificates = t.Certificates(t.Path(sys.argv[1]), t.tls_context)
             def has(changes, start):
                 for number in range(start, start + changes):
-                    os.utime(certificates.folder / t.FILES[number % 3], (number, number))
+                    os.utime(certificates.folder / ("ca.crt", "server.crt", "server.key")[number % 3], (number, number))
                     assert certificates.look() is None and certificates.stamps[number % 3][2] == number * 10 ** 9
                 free = os.open(os.devnull, os.O_RDONLY)
                 os.close(free)
                 return free, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
             print(*has(30, 0), *has(100, 30))"""
-        said = succeed(sys.executable, "-W", "error", "-c", program, copy_of_lab("many").certs, cwd=ROOT)
+        said = support.succeed(sys.executable, "-W", "error", "-c", program, copy_of_lab("many").certs,
+                               cwd=support.ROOT)
         free, memory, free_then, memory_then = map(int, said.split())
         self.assertEqual(free, free_then)
         self.assertLess(memory_then, memory * 1.03)
@@ -323,7 +282,7 @@ class TestRunningServer(ServerCase):
                     return making.done() and bool(re.search(rf"(?m)^\[SERVER\] {line}$", server.stderr.text()))
 
                 making = pool.submit(copy.generate, *arguments, **variables)
-                self.assertTrue(comes_true(is_done), server.stderr.now())
+                self.assertTrue(support.comes_true(is_done), server.stderr.now())
                 making.result()
 
             before = serial()
@@ -335,7 +294,7 @@ class TestRunningServer(ServerCase):
             self.assertEqual(kept.ask("GET", "/todo").status, 200)
             self.assert_ends_well(kept)
             with (self.assertRaisesRegex(ssl.SSLError, "(?i)unknown.ca|decrypt.error"),
-                  Talk(server.connect(context=context_of(copy, lab()))) as talk):
+                  Talk(server.connect(context=copy.context(of=lab()))) as talk):
                 talk.ask("GET", "/todo")
             self.assertRaises(ssl.SSLCertVerificationError, server.connect, context=context)
             server.stderr.wait_for("the client refused our certificate (alert ")

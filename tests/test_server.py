@@ -27,7 +27,6 @@ from tests.support import (
     PATIENCE,
     Output,
     Server,
-    ServerCase,
     Talk,
     comes_true,
     environment,
@@ -40,12 +39,6 @@ from tests.support import (
     side_by_side,
 )
 from tests.test_strict_http import FORGED, NASTY, TLS_VERSIONS, CalledServer, Case, HttpCase, OneServerCase, get, todo
-
-GREETING = """\
-[SERVER] mTLS server listening on https://{host}:{port}
-[SERVER] Requiring client cert signed by: ca.crt
-[SERVER] Press Ctrl+C to stop.
-""".splitlines()
 
 
 def sign_again(name: str, pattern: bytes, replacement: bytes) -> None:
@@ -111,8 +104,7 @@ class TestTLS(OneServerCase):
     def test_only_certificates_of_our_ca_are_trusted(self) -> None:
         """All others are refused in the handshake and hear why, also those of a CA that the system trusts."""
         none = "peer did not return a certificate"
-        unknown = "client certificate refused: (unable to get local issuer certificate|certificate signature failure)" \
-                  "; no CA in ca.crt has signed it"
+        unknown = r"client certificate refused: [a-z ]+; no CA in ca.crt has signed it"
         stranger = lab().context(None)
         stranger.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
         cases = ((lab().context(None), "CERTIFICATE_REQUIRED", none),
@@ -218,14 +210,14 @@ def refusal_cases() -> Iterator[Case]:
     """Which rule an answer names, in the order in which they are judged; `reference` has more of it."""
     for path in ("/", "/todo/", "/TODO", "/nothing?/todo", "//localhost/todo", "*", "https://localhost:8443/nothing"):
         for method in "GET", "HEAD", "POST", "PUT", "BREW":
-            yield Case(request(method, path, b"{"), 404, says="^path: only /todo is here$")
+            yield Case(request(method, path, b"{"), 404, says="^path: ")
     for method in ("PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
         yield Case(request(method, "/todo", b"{", Content_Length="x"), 405, says="^method: must be GET, HEAD or POST$")
     for method in ("BREW", "get", "GETT", "__class__", "M-SEARCH"):
         yield Case(request(method, "/todo", b"{", Content_Length="x"), 501, says="^method: is unknown$")
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", " ", "*/*",
-                 "application/jsonx", "application/json-patch+json", "text/plain; application/json", "text/json", "json",
-                 "application/json/x", "text/plain, application/json"):   # a browser can be made to send a form
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "json",
+                 "application/jsonx", "application/json-patch+json", "application/json/x", "text/json", "*/*",
+                 "text/plain; application/json", "text/plain, application/json"):   # browsers can be made to
         for length in "1", "65537":
             yield Case(request("POST", "/todo", b"{", Content_Type=kind, Content_Length=length, Expect="100-continue"),
                        415, True, "^header: must be Content-Type: application/json$")
@@ -281,14 +273,11 @@ class TestEndpoints(HttpCase):
     def test_items_that_are_accepted(self) -> None:
         """A POST answers with the item as it is on the list from then on."""
         items: tuple[dict[str, Any], ...] = (
-            {"task": "Añadir endpoint POST"},
-            {"task": "x", "done": True},
-            {"task": "x", "done": False},
-            {"task": "  x \n"},
+            {"task": "Añadir endpoint POST"}, {"task": "  x \n"},
+            {"task": "x", "done": True}, {"task": "x", "done": False},
             {"task": "\U0001f600" * 1000},   # 4,000 bytes
             {"task": "".join(map(chr, (*range(0x100), *range(0x2020, 0x2070), 0xfeff)))},
-            {"task": '{"task": "\\"}'},
-            {"task": '\\"' + "[" * 500 + "{" * 498},
+            {"task": '{"task": "\\"}'}, {"task": '\\"' + "[" * 500 + "{" * 498},
             {"task": "x", "id": 1, "other": ["y"], "Done": "z"},
             {"task": "x", "other": json.loads("[" * 99 + "]" * 99)},   # 100 levels
             {"task": "x", "other": [[]] * 1000},
@@ -314,12 +303,11 @@ class TestEndpoints(HttpCase):
         self.assert_sound(full, 507)
         self.assertRegex(full.json["error"], "full.*1,?000")
         self.assert_sound(empty, 400)
-        todos = listing.json["todos"]
-        self.assertEqual([item["id"] for item in todos], list(range(1, 1001)))
-        self.assertEqual({item["task"] for item in todos[5:]}, {"one of many"})
+        self.assertEqual([(item["id"], item["task"]) for item in listing.json["todos"][5:]],
+                         [(number, "one of many") for number in range(6, 1001)])
 
 
-class TestLog(ServerCase):
+class TestLog(HttpCase):
     """What the server writes to stderr."""
 
     seconds = 6
@@ -358,21 +346,18 @@ class TestLog(ServerCase):
                                  [one.replace("ñ", letter) for one in expected])
 
     def test_no_peer_can_forge_a_line_or_drive_a_terminal(self) -> None:
-        """Control characters are escaped in a task and in a common name (for request lines see test_strict_http)."""
+        """Control characters are escaped in a task and in a name (for request lines see test_strict_http)."""
         name = "nasty\r\n" + FORGED + "\x1b[2J\x9b\u202e\u2028|"
-        issue(lab(), "nasty", f"/CN={name}")
         bad = (*NASTY, "\n", "\r\n", "\u2028", "\u2029", "\u202e", "\ufeff", "\U000e0001")
-        with self.serving("--allow-cn", "mtls-client", name) as server:
-            for certificate in ("client", "nasty"):
-                with Talk(server.connect(certificate)) as talk:
-                    for text in bad:
-                        answer = talk.ask("POST", "/todo", todo(task=f"a{text}{FORGED}"))
-                        self.assertEqual(answer.status, 201, repr(text))
-            lines = server.stderr.wait_for(has_lines(6 * len(bad)))
-            self.assertEqual(len(lines), 6 * len(bad), "there should be no line more")
-            for line in lines:
-                self.assertRegex(line, r"^\[SERVER\] (REQUEST|AUTHENTICATED|TODO CREATED) \| ")
-                self.assertTrue(line.isprintable(), f"a control character is in {line!r}")
+        server = CalledServer()
+        server.allowed_cns.append(name)
+        for client, text in itertools.product(("mtls-client", name), bad):
+            answer, = server.answers(request("POST", "/todo", todo(task=f"a{text}{FORGED}")), name=client)
+            self.assert_sound(answer, 201)
+        self.assertEqual(len(server.lines), 6 * len(bad), "there should be no line more")
+        for line in server.lines:
+            self.assertRegex(line, r"^(REQUEST|AUTHENTICATED|TODO CREATED) \| ")
+            self.assertTrue(line.isprintable(), f"a control character is in {line!r}")
 
     def test_64_clients_at_once(self) -> None:
         """Of two names, and POSTs and GETs mixed: all see one list with ids without gaps, and log lines stay whole."""
@@ -402,10 +387,7 @@ class TestLog(ServerCase):
             self.assertEqual(re.sub("REQUEST AUTHENTICATED( TODO CREATED)? ?", "", words), "", "an entry stays whole")
 
     def test_it_keeps_up(self) -> None:
-        """Of what 128 clients ask for without a pause, no entry is dropped if the log is read.
-
-        Its reader is as slow as a terminal: it needs a moment for each write (of 4 KB at most).
-        """
+        """No entry of 128 clients is dropped if the log is read, even if each 4 KB take a moment, as in a terminal."""
         clients, rounds = 128, 50
         reader, writer = os.pipe2(os.O_DIRECT) if sys.platform == "linux" else os.pipe()
         with Server(lab(), stderr=writer) as server, contextlib.ExitStack() as held:
@@ -422,12 +404,12 @@ class TestLog(ServerCase):
         said = collections.Counter(line.split(" | ")[-1] for line in log.all())
         self.assertEqual(said, dict.fromkeys(('"GET /todo HTTP/1.1" 200 -', "serving /todo"), clients * rounds))
 
-    def ask_unread(self, server: Server, talk: Talk, requests: int) -> None:
+    def ask_unread(self, server: Server, talk: Talk, requests: int, status: int = 200) -> None:
         """Nobody reads the log while so many requests are answered; each has its number."""
         server.stderr.reading.clear()
         for first in range(0, requests, 100):
             talk.send(b"".join(request("GET", f"/todo?n={n}") for n in range(first, first + 100)))
-            self.assertEqual({talk.answer().status for _ in range(100)}, {200})
+            self.assertEqual({talk.answer().status for _ in range(100)}, {status})
 
     def assert_logged_or_counted(self, lines: list[str], requests: int, at_least: int) -> None:
         """Entries are whole and in order; those that are not there are counted exactly."""
@@ -456,10 +438,7 @@ class TestLog(ServerCase):
         sign_again("long name", rb"\x06\x03\x55\x04\x0d", b"\x06\x03\x55\x04\x03")
         with self.serving() as server, Talk(server.connect("long name")) as talk:
             before = server.peak_memory()
-            server.stderr.reading.clear()
-            for _ in range(15):
-                talk.send(get() * 100)
-                self.assertEqual({talk.answer().status for _ in range(100)}, {403})
+            self.ask_unread(server, talk, 1500, status=403)
             self.assertLess(server.peak_memory() - before, 10)
             server.stderr.reading.set()
             for line in server.stderr.wait_for("LOG | "):
@@ -495,27 +474,21 @@ class TestLog(ServerCase):
             self.assert_logged_or_counted(server.stderr.all(), 2000, at_least=100)
 
 
-class TestStart(ServerCase):
+class TestStart(HttpCase):
     """What it says when it starts, and a server that cannot start says in one line what to do."""
-
-    def refusal(self, result: subprocess.CompletedProcess[str], code: int = 1) -> str:
-        """What a server says that does not start and exits with this code: one ERROR line if it is 1."""
-        self.assertEqual((result.returncode, result.stdout), (code, ""), result.stderr)
-        if code == 1:
-            self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z")
-        return result.stderr
 
     def test_greeting_and_end(self) -> None:
         """As the description shows them. What it says of an address can be reached and verified; IPv6 has brackets."""
-        for host, connect_to, number in (("127.0.0.1", "127.0.0.1", signal.SIGTERM), ("::1", "::1", signal.SIGINT),
-                                         ("0.0.0.0", "127.0.0.1", signal.SIGINT),
-                                         ("::", "::1", signal.SIGTERM)):
+        for host, connect_to, number in (
+                ("127.0.0.1", "127.0.0.1", signal.SIGTERM), ("::1", "::1", signal.SIGINT),
+                ("0.0.0.0", "127.0.0.1", signal.SIGINT), ("::", "::1", signal.SIGTERM)):
             with self.subTest(host):
                 if ":" in host and not has_ipv6():
                     self.skipTest("this machine has no IPv6")
                 with Server(lab(), "--host", host) as server:
-                    lines = [one.format(host=f"[{host}]" if ":" in host else host, port=server.port)
-                             for one in GREETING]
+                    shown = f"[{host}]" if ":" in host else host
+                    lines = [f"[SERVER] mTLS server listening on https://{shown}:{server.port}",
+                             "[SERVER] Requiring client cert signed by: ca.crt", "[SERVER] Press Ctrl+C to stop."]
                     if host in ("0.0.0.0", "::"):
                         lines.insert(-1, line := server.stdout.now()[-2])
                         self.assertRegex(line, r"^\[SERVER\] On this machine, clients connect to: https://\S+:\d+$")
@@ -533,7 +506,8 @@ class TestStart(ServerCase):
 
     def test_settings(self) -> None:
         """What makes no sense is refused with exit code 2; a busy port, and a host that is none or not ours, with 1."""
-        with Server(lab()) as server:
+        unused: dict[str, str | None] = {"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}   # flags win
+        with Server(lab(), "--host", "127.0.0.1", "--port", "0", env=unused) as server:
             busy = ("(address already in use); stop the program that uses this port, or take another one, in both "
                     "terminals: export MTLS_SERVER_PORT=8444")
             cases: list[tuple[list[str], dict[str, str | None], int, str]] = [
@@ -543,21 +517,19 @@ class TestStart(ServerCase):
                 (["--allow-cn"], {}, 2, ""), (["--nonsense"], {}, 2, ""), (["extra"], {}, 2, ""),
                 ([], {"MTLS_ALLOWED_CNS": ","}, 2, "MTLS_ALLOWED_CNS"),
                 ([], {"MTLS_SERVER_PORT": "banana"}, 2, "MTLS_SERVER_PORT: 'banana' is no port (0 to 65535)"),
-                ([], {"MTLS_SERVER_PORT": "99999"}, 2, "MTLS_SERVER_PORT: '99999' is no port (0 to 65535)"),
                 *((["--port", "0", "--host", host], {}, 1, "--host") for host in (
                     "no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "2001:db8::1")),
                 (["--port", "0"], {"MTLS_SERVER_HOST": "192.0.2.1"}, 1, "--host"),
-                (["--port", str(server.port)], {"MTLS_SERVER_PORT": "0"}, 1, busy),   # a flag wins
+                (["--port", str(server.port)], {"MTLS_SERVER_PORT": "0"}, 1, busy),
                 ([], {"MTLS_SERVER_PORT": str(server.port)}, 1, busy),
             ]
             results = side_by_side(lambda case: lab().run("server/server.py", *case[0], env=case[1]), cases)
             for (arguments, env, code, words), result in zip(cases, results, strict=True):
                 with self.subTest(arguments=arguments, env=env):
-                    self.assertIn(words if code == 1 else f"server.py: error: {words}", self.refusal(result, code))
+                    self.assertEqual((result.returncode, result.stdout), (code, ""))
+                    self.assertIn(words if code == 1 else f"server.py: error: {words}", result.stderr)
+                    self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z" if code == 1 else r"\Ausage: ")
             self.assert_served(server)
-        with Server(lab(), "--host", "127.0.0.1", "--port", "0",
-                    env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):
-            pass   # a flag wins also over what makes no sense
 
     def test_reader_that_leaves(self) -> None:
         """A server whose output's reader has left ends without a traceback."""

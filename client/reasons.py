@@ -79,7 +79,7 @@ NO_ANSWER = {
 NOT_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
 CONVERT_PFX = ("is a PFX, not PEM; convert it and use the result for both --cert and --key: "
                f"({PRIVATELY}openssl pkcs12 -in {{file}} -clcerts -nodes -out {{pem}})")
-FILES = {   # What should be in a file, and what is there
+FILES = {   # What a file should hold, and what it holds
     ("certificate", "nothing"): "is empty; {make}",
     ("certificate", "certificate"): "is damaged; {make}",
     ("certificate", "other"): "holds no certificate; {make}",

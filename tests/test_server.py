@@ -235,8 +235,7 @@ def validation_cases() -> Iterator[Case]:
     bodies: dict[str, list[bytes]] = {
         "body: .*JSON": [
             b"", b"{", b'{"task": "x"} x', b"{'task': 'x'}", b'{"task": "a\nb"}', b"task=x",
-            b'\xef\xbb\xbf{"task": "x"}', b'{"task": NaN}', many % b"NaN", many % b"[-Infinity]",
-            many % (b"1" * 10_000)],
+            b'\xef\xbb\xbf{"task": "x"}', many % b"NaN", many % b"[-Infinity]", many % (b"1" * 10_000)],
         "body: .*UTF-8": [
             '{"task": "Añadir"}'.encode("latin-1"), '{"task": "x"}'.encode("utf-16"), b'{"task": "\xed\xa0\x80"}'],
         "^body: nested more than 100 levels deep$": [
@@ -313,7 +312,7 @@ class TestLog(HttpCase):
     seconds = 6
 
     def test_the_lines_of_each_request(self) -> None:
-        """As the description shows them: 200 and 201 have their lines, 403 its reason, all else REQUEST alone.
+        """As the description shows them: 200 and 201 have their lines (for 403 see above), all else REQUEST alone.
 
         Where ñ cannot be shown, the log has an escape instead.
         """
@@ -332,16 +331,11 @@ class TestLog(HttpCase):
         )
         expected = [f"[SERVER] {line}" for method, path, _, status, more in script for line in (
             f"REQUEST | peer=127.0.0.1 | cert-CN='mtls-client' | \"{method} {path} HTTP/1.1\" {status} -", *more)]
-        expected += [
-            "[SERVER] REQUEST | peer=127.0.0.1 | cert-CN='mallory' | \"GET /nothing HTTP/1.1\" 403 -",
-            "[SERVER] FORBIDDEN | CN='mallory' | not in the allowed list; to admit: --allow-cn mtls-client 'mallory'"]
         for env, letter in (({"LC_ALL": "C"}, "ñ"), ({"PYTHONIOENCODING": "ascii"}, r"\xf1")):
             with self.subTest(env), self.serving(env=env) as server:
                 with Talk(server.connect()) as talk:
                     for method, path, body, *_ in script:
                         talk.ask(method, path, body)
-                with Talk(server.connect("mallory")) as talk:
-                    talk.ask("GET", "/nothing")
                 self.assertEqual(server.stderr.wait_for(has_lines(len(expected))),
                                  [one.replace("ñ", letter) for one in expected])
 

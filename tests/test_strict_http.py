@@ -25,7 +25,7 @@ from tests.support import ROOT, Answer, Server, ServerCase, Talk, Wire, lab, req
 sys.path.insert(0, str(ROOT / "server"))
 from server import Client, TodoHandler, TodoServer, TodoStore
 
-JSON = "Content-Type: application/json"
+POST, JSON = "POST /todo HTTP/1.1", "Content-Type: application/json"
 HIDDEN = b"GET /hidden HTTP/1.1\r\nHost: localhost\r\n\r\n"
 """A request in the place of a body: if it is answered or logged, the server was out of step."""
 HIDDEN_LENGTH = f"Content-Length: {len(HIDDEN)}"
@@ -58,11 +58,6 @@ def get(*fields: str, line: str = "GET /todo HTTP/1.1") -> bytes:
     return head(line, "Host: localhost", *fields)
 
 
-def post(*fields: str, body: bytes = b"") -> bytes:
-    """A POST with these header lines and this body, and nothing that makes them fit."""
-    return get(*fields, line="POST /todo HTTP/1.1") + body
-
-
 def todo(**item: Any) -> bytes:
     """The body of a POST."""
     return json.dumps(item).encode()
@@ -74,7 +69,7 @@ def sound_cases() -> Iterator[Case]:
     for fields, closes in ([], False), (["Connection: close"], True), (["Connection: TE, Close"], True):
         yield Case(get(*fields), 200, closes)
         yield Case(get(*fields, line="HEAD /todo HTTP/1.1"), 200, closes)
-        yield Case(post(JSON, "Content-Length: 13", *fields, body=item), 201, closes)
+        yield Case(get(JSON, "Content-Length: 13", *fields, line=POST) + item, 201, closes)
     yield Case(head("GET /todo HTTP/1.0"), 200, True)
     yield Case(head("HEAD /todo HTTP/1.0", old), 200, False)
     yield Case(head("POST /todo HTTP/1.0", old, JSON, "Content-Length: 13") + item, 201, False)
@@ -109,9 +104,9 @@ def refused_cases() -> Iterator[Case]:
         (400, "Content-Length: must be one plain number, without Transfer-Encoding"): [
             get(HIDDEN_LENGTH, line) + HIDDEN for line in ("Content-Length: 0", "Transfer-Encoding: chunked")],
         (411, "Content-Length: must be given; chunked bodies are not taken"): [
-            post(JSON), post(JSON, "Transfer-Encoding: chunked", body=b"0\r\n\r\n" + HIDDEN)],
+            get(JSON, line=POST), get(JSON, "Transfer-Encoding: chunked", line=POST) + b"0\r\n\r\n" + HIDDEN],
         (413, "body: must have at most 65,536 bytes"): [
-            post(JSON, f"Content-Length: {size}") for size in ("65537", "9" * 5000, "0" * 30 + "65537")],
+            get(JSON, f"Content-Length: {size}", line=POST) for size in ("65537", "9" * 5000, "0" * 30 + "65537")],
     }
     for (status, says), requests in rules.items():
         for data in requests:
@@ -423,7 +418,7 @@ class TestConnections(OneServerCase):
             "TCP's end": lambda wire: wire.plain.shutdown(socket.SHUT_WR),
             "close_notify": lambda wire: wire.plain.sendall(wire.bytes_of(wire.tls.unwrap)),
         }
-        begun = (b"GET /todo HT", get()[:-2], post(JSON, "Content-Length: 20", body=todo(task="never")))
+        begun = (b"GET /todo HT", get()[:-2], get(JSON, "Content-Length: 20", line=POST) + todo(task="never"))
         for (by, end), beginning in itertools.product(ends.items(), (b"", b"\r\n", *begun)):
             with self.subTest(f"{by} after {beginning!r}"), Wire(self.server) as wire:
                 wire.shake_hands()
@@ -439,7 +434,7 @@ class TestConnections(OneServerCase):
         """A client that sends all of its large request before it reads finds the answer, not a reset."""
         large = b"x" * 8_000_000
         length = f"Content-Length: {len(large)}"
-        refused = {413: post(JSON, length), 200: get(length), 431: b"GET /todo HTTP/1.1\r\nX: "}
+        refused = {413: get(JSON, length, line=POST), 200: get(length), 431: b"GET /todo HTTP/1.1\r\nX: "}
         for (status, data), version in itertools.product(refused.items(), TLS_VERSIONS):
             with (self.subTest(f"a client that sends {data!r} and 8 MB reads {status}", on=version.name),
                   Talk(self.server.connect(context=self.server.context(maximum_version=version))) as talk):

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """The lab's mutual TLS client: creates a TODO item with POST /todo, then fetches the list with GET.
 
-It proves who it is with certs/client.crt and its key, and accepts only a server whose
-certificate our own CA has signed for the host in the URL.
+It proves who it is with certs/client.crt and its key, and accepts only a server that has a
+certificate for the host in the URL, signed by our own CA.
 """
 
 import argparse
@@ -17,10 +17,10 @@ import urllib.request
 from pathlib import Path
 from typing import Any, NoReturn
 
-if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error from whatever is missing first
+if sys.version_info < (3, 10):   # noqa: UP036   # one clear line, instead of whatever fails first
     sys.exit(f"client.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
-import exchange  # needs the newer Python itself
+import exchange  # this already needs Python 3.10
 import reasons
 import verbose
 from exchange import CERTS, printable
@@ -30,14 +30,14 @@ def tls_context(cert: Path, key: Path, cacert: Path) -> ssl.SSLContext:
     """The client's side of mutual TLS. Raises OSError (ssl.SSLError is one) if the files cannot be used."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     # ① Verify the server against our own CA only. With the system's trust store, a certificate
-    #    from any public CA for the same name would do.
+    #    for the same name from any public CA would be accepted.
     context.verify_mode = ssl.CERT_REQUIRED
     context.check_hostname = True
     context.load_verify_locations(cafile=cacert)
     # The name must be in the SAN: a CN is free text, not checked as a host name (RFC 9525 section 2).
     context.hostname_checks_common_name = False
     # ② Present our certificate, and prove with the key that it is ours. The empty password makes
-    #    an encrypted key an error instead of a question.
+    #    an encrypted key an error: without it, OpenSSL would ask for the password.
     context.load_cert_chain(certfile=cert, keyfile=key, password="")
     # TLS 1.0 and 1.1 are deprecated (RFC 8996).
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -49,13 +49,13 @@ def tls_context(cert: Path, key: Path, cacert: Path) -> ssl.SSLContext:
 def log_secrets(context: ssl.SSLContext, file: str) -> None:
     """Let TLS append each session's secrets to the file, for Wireshark. Raises OSError.
 
-    Whoever has them can read the traffic, so the file must be ours alone: in a folder that others
-    write in, it could be there already as theirs, or as a link to a file of ours.
+    Whoever has them can decrypt the traffic, so the file must be ours alone: in a folder where others can
+    write, it may already exist as a file of theirs, or as a link to another file of ours.
     """
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | getattr(os, "O_NOFOLLOW", 0), 0o600)
     try:
         status = os.fstat(descriptor)
-        if os.name == "posix":   # Windows has other permissions, and no links that anyone may make
+        if os.name == "posix":   # Windows has other permissions, and not everyone may create links
             if not stat.S_ISREG(status.st_mode) or status.st_uid != os.geteuid():
                 raise PermissionError(errno.EPERM, "not a file of our own")
             os.fchmod(descriptor, 0o600)
@@ -65,7 +65,7 @@ def log_secrets(context: ssl.SSLContext, file: str) -> None:
 
 
 def say(text: str) -> None:
-    """One line for -v. If it cannot be printed, that must not look like a failure of the handshake around it."""
+    """Print one line for -v. If that fails, it must not look as if the handshake had failed."""
     try:
         print(f"[CLIENT] {text}", flush=True)
     except OSError:
@@ -73,7 +73,7 @@ def say(text: str) -> None:
 
 
 def fail(problem: str) -> NoReturn:
-    """One line on stderr that says what is wrong and what to do; exit 1."""
+    """Print one line on stderr that says what is wrong and what to do; exit 1."""
     print(f"[CLIENT] ERROR: {exchange.one_line(problem)}", file=sys.stderr)
     sys.exit(1)
 
@@ -81,7 +81,8 @@ def fail(problem: str) -> NoReturn:
 def ask(context: ssl.SSLContext, arguments: argparse.Namespace, item: dict[str, Any] | None = None) -> tuple[int, Any]:
     """POST ``item`` as JSON, or GET if there is none; returns the status and the decoded answer.
 
-    ValueError (RecursionError if nested too deep) if it is no JSON. Fails if there is no answer, or an error.
+    Raises ValueError (RecursionError if nested too deep) if that is not JSON. Ends the program if there is no answer,
+    or an error.
     """
     request = urllib.request.Request(arguments.url)
     if item is not None:
@@ -98,14 +99,14 @@ def ask(context: ssl.SSLContext, arguments: argparse.Namespace, item: dict[str, 
 
 
 def listing(reply: dict[str, Any]) -> str:
-    """The reply of GET as JSON with one item on each line, which reads better than one field on each."""
+    """The reply to GET as JSON with one item per line, which reads better than one field per line."""
     items = ",\n".join("    " + json.dumps(item, ensure_ascii=False) for item in reply["todos"])
     client = json.dumps(reply["client"], ensure_ascii=False)
     return f'{{\n  "client": {client},\n  "todos": [\n{items}\n  ]\n}}'
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Flags with curl's names. Exits with 2 on what makes no sense."""
+    """Flags named as in curl. Exits with 2 on invalid values."""
     parser = argparse.ArgumentParser(description="The lab's mutual TLS client: POST /todo, then GET /todo.")
     parser.add_argument("task", nargs="?", metavar="TASK", default="Añadir endpoint POST",
                         help="the task to create (default %(default)s)")
@@ -118,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--cacert", type=Path, default=CERTS / "ca.crt", metavar="FILE",
                         help="the CA that we trust (default certs/ca.crt)")
     arguments = parser.parse_args()
-    if any("\ud800" <= c <= "\udfff" for c in arguments.task):   # how Python shows bytes that it cannot decode
+    if any("\ud800" <= c <= "\udfff" for c in arguments.task):   # how Python represents bytes that it cannot decode
         parser.error("argument TASK: is no valid text in this terminal's encoding")
     if arguments.task.endswith((".key", ".crt", ".pem", ".pfx")) and os.access(arguments.task, os.F_OK):
         parser.error(f"argument TASK: is the file {arguments.task}; name its option, such as --key")
@@ -127,10 +128,10 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """POST, then GET, printing each step."""
+    """POST, then GET, and print each step."""
     for stream in (sys.stdout, sys.stderr):
         if stream:   # not closed
-            stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # where ñ cannot be shown
+            stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # for terminals that cannot show ñ
     arguments = parse_arguments()
     try:
         context = tls_context(arguments.cert, arguments.key, arguments.cacert)
@@ -159,9 +160,9 @@ def main() -> None:
         shown = listing(reply)
         print(f"[CLIENT] Authenticated as: \"{printable(reply['client'])}\"")
         print(f"[CLIENT] Response (HTTP {status}):")
-        print(printable(shown, keep="\n"), flush=True)   # here its failure is still ours to handle
+        print(printable(shown, keep="\n"), flush=True)   # flushed here, where we can still handle a failure
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        fail(f"{arguments.url} did not send the JSON that our server sends: {error!r}; is it our server?")
+        fail(f"{arguments.url} did not send the JSON that our server would send: {error!r}; is it our server?")
 
 
 if __name__ == "__main__":
@@ -169,5 +170,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError:   # our own output failed, or its reader has left, as in: | head -3
+    except OSError:   # our output failed, or its reader has left, as in: | head -3
         os._exit(1)

@@ -2,7 +2,7 @@
 """Negative test: a client without a certificate must be refused, by TLS, and for that reason.
 
 Exit 0: refused with the alert for a missing certificate. Exit 1: the server let us in: it answered,
-or began to. Exit 2: the test could not be made, so nothing is proved.
+or began to. Exit 2: the test could not be done, so nothing is proved.
 
 Read client.py first; only what differs is explained here.
 """
@@ -16,10 +16,10 @@ import urllib.request
 from pathlib import Path
 from typing import NoReturn
 
-if sys.version_info < (3, 10):   # noqa: UP036   # one line, instead of an error from whatever is missing first
+if sys.version_info < (3, 10):   # noqa: UP036   # one clear line, instead of whatever fails first
     sys.exit(f"client_no_cert.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
-import exchange  # needs the newer Python itself
+import exchange  # this already needs Python 3.10
 import reasons
 import verbose
 from exchange import CERTS
@@ -27,17 +27,17 @@ from exchange import CERTS
 REFUSALS = {
     # TLS 1.3 has an alert for exactly this: certificate_required (RFC 8446 section 6.2).
     "TLSV13_ALERT_CERTIFICATE_REQUIRED",
-    # TLS 1.2 has none: it sends handshake_failure (RFC 5246 section 7.4.6), which other faults
-    # share, such as no common cipher suite. From this lab's server it means the certificate.
+    # TLS 1.2 has none: it sends handshake_failure (RFC 5246 section 7.4.6), which can have other
+    # causes, such as no common cipher suite. From the lab's server it means the certificate.
     "SSLV3_ALERT_HANDSHAKE_FAILURE",
 }
-"""OpenSSL's reason codes; its texts differ from version to version."""
+"""OpenSSL's reason codes. (Its texts differ between versions.)"""
 
 
 def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
     """A client's context without a certificate. Raises OSError (ssl.SSLError is one) on a bad ``cacert``."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-    # The server is verified as always: a refusal by some other server would prove nothing.
+    # Verify the server as usual: a refusal by some other server would prove nothing.
     context.load_verify_locations(cafile=cacert)
     context.hostname_checks_common_name = False
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -50,12 +50,12 @@ def tls_context(cacert: Path, tls_max: str) -> ssl.SSLContext:
 class Connection(exchange.Connection):
     """Believes a refusal only after the server has proved who it is.
 
-    The alert is protected in TLS 1.3. In TLS 1.2 it is not: a man in the middle who lets the server
-    prove who it is can then forge the alert. To exclude that, use TLS 1.3.
+    In TLS 1.3, the alert is encrypted. In TLS 1.2 it is not: a man in the middle can let the server
+    prove who it is, and then forge the alert. To rule that out, use TLS 1.3.
     """
 
     def do_handshake(self, block: bool = False) -> None:
-        """The handshake; ConnectionError for a refusal that comes too early to count."""
+        """The handshake. Raises ConnectionError for a refusal that comes too early to count."""
         try:
             super().do_handshake(block)
         except ssl.SSLError as error:
@@ -67,21 +67,21 @@ class Connection(exchange.Connection):
 
 
 def report(text: str) -> None:
-    """One line of the test's report."""
+    """Print one line of the test's report."""
     try:
         print(f"[NEGATIVE TEST] {exchange.printable(text)}", flush=True)
-    except OSError:   # nobody has read a verdict
+    except OSError:   # the verdict cannot be shown
         os._exit(2)
 
 
 def no_result(problem: str) -> NoReturn:
-    """One line on stderr that says why the test could not be made, and what to do; exit 2."""
+    """Print one line on stderr that says why the test could not be done, and what to do; exit 2."""
     print(f"[NEGATIVE TEST] ERROR: {exchange.one_line(problem)}", file=sys.stderr)
     sys.exit(2)
 
 
 def no_answer(problem: str) -> NoReturn:
-    """There is no complete answer. If one had begun, the server has let us in: FAIL, exit 1. Otherwise exit 2."""
+    """There is no complete answer. If one had begun, the server let us in: FAIL, exit 1. Otherwise exit 2."""
     if exchange.Connection.received:
         report(f"FAIL: Server began to answer a client without a certificate; only then: {exchange.one_line(problem)}")
         sys.exit(1)
@@ -105,7 +105,7 @@ def judge(error: Exception, url: str, cacert: Path) -> NoReturn:
 
 
 def main() -> None:
-    """Try to GET without a certificate, and judge how that ends."""
+    """Try to GET without a certificate, and judge the result."""
     parser = argparse.ArgumentParser(description="Negative test: connect to the mTLS server without a certificate.")
     exchange.add_url_argument(parser)
     verbose.add_argument(parser)
@@ -139,5 +139,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit(130)
-    except OSError:   # nor could stderr be written
+    except OSError:   # stderr cannot be written either
         os._exit(2)

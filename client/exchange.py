@@ -1,7 +1,7 @@
-"""What the two clients have in common: one HTTPS request within limits, and how the answer is read and shown.
+"""What the two clients share: one HTTPS request within limits, and how its answer is read and shown.
 
-Which server is trusted, and which certificate is presented, is decided by the context that a client passes in.
-What a client says when a request fails is in reasons.py.
+The context that a client passes in decides which server to trust and which certificate to present. What a client
+says when a request fails is in reasons.py.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, ClassVar, NoReturn
 
-CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
+CERTS = Path(__file__).resolve().parent.parent / "certs"   # wherever you start it from
 SILENCE = 10.0           # seconds that the server may say nothing
 EXCHANGE = 30.0          # seconds for everything from connecting to the last byte of the answer
-MAX_ANSWER = 1024 ** 2   # bytes of everything that a server may send in an exchange
-MAX_DEPTH = 10           # levels of arrays and objects in an answer; our server's have 3
+MAX_ANSWER = 1024 ** 2   # bytes that a server may send in one exchange
+MAX_DEPTH = 10           # levels of arrays and objects in an answer; our server's answers have 3
 
 
 class TooMuch(OSError):
@@ -35,16 +35,16 @@ class TooMuch(OSError):
 class Connection(ssl.SSLSocket):
     """A TLS connection that counts the bytes it receives, and stops at MAX_ANSWER.
 
-    A context with this class as its ``sslsocket_class`` creates it instead of an ssl.SSLSocket. Below http.client,
-    one limit covers everything that a server could send without end: 100 Continue, headers, chunks, a body.
+    A context with this class as its ``sslsocket_class`` creates it instead of an ssl.SSLSocket. At this level, one
+    limit covers everything that a server could send endlessly: 100 Continue, headers, chunks, a body.
     """
 
-    received: ClassVar[int] = 0   # bytes, decrypted. It belongs to the class: a client has one exchange at a time
+    received: ClassVar[int] = 0   # bytes, decrypted. In the class, because a client has one exchange at a time
     show: ClassVar[Callable[[ssl.SSLSocket | None], None]] = staticmethod(lambda _: None)
-    """Called when the handshake ends, with None if it has failed: for -v."""
+    """For -v: called when the handshake ends, with None if it failed."""
 
     def do_handshake(self, block: bool = False) -> None:
-        """The handshake. Raises OSError."""
+        """Do the handshake. Raises OSError."""
         try:
             super().do_handshake(block)
         except OSError:
@@ -62,9 +62,9 @@ class Connection(ssl.SSLSocket):
 
 
 class EveryAnswer(urllib.request.HTTPErrorProcessor):
-    """Hands out each answer as it is: an error status raises nothing, and no redirect is followed.
+    """Returns each answer as it is: an error status raises nothing, and redirects are not followed.
 
-    A redirect could lead our request, and our certificate, elsewhere; a refusal there would prove nothing.
+    A redirect could send our request and our certificate elsewhere; a refusal there would prove nothing.
     """
 
     def https_response(self, request: urllib.request.Request, response: Any) -> Any:
@@ -83,24 +83,24 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
     """
     opener = urllib.request.build_opener(
         urllib.request.HTTPSHandler(context=context),
-        urllib.request.ProxyHandler({}),   # the lab is local: a proxy from the environment could not reach it
+        urllib.request.ProxyHandler({}),   # a proxy from the environment could not reach our localhost
         EveryAnswer,
     )
 
     def out_of_time() -> None:
         try:
             give_up(f"no complete answer from {request.full_url} within {EXCHANGE:.0f} s; is it our server?")
-        except SystemExit as end:   # it would end this thread only, not the one that waits for the server
+        except SystemExit as end:   # this would end only the timer's thread
             os._exit(int(end.code or 0))
 
-    # A socket's timeout starts again with each byte: with one every few seconds, we would wait for ever.
+    # A socket's timeout restarts with each byte: a byte every few seconds would make us wait forever.
     timer = threading.Timer(EXCHANGE, out_of_time)
     timer.start()
     Connection.received = 0
     try:
         with opener.open(request, timeout=SILENCE) as response:
             yield response
-    except urllib.error.URLError as error:   # what fails up to the request; urllib wraps nothing that fails later
+    except urllib.error.URLError as error:   # up to the request, urllib wraps errors; later ones it does not
         raise error.reason if isinstance(error.reason, OSError) else error from None
     finally:
         timer.cancel()
@@ -108,25 +108,25 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
 
 def read(answer: http.client.HTTPResponse) -> bytes:
     """The whole body of an answer. Raises OSError or http.client.HTTPException."""
-    if "Transfer-Encoding" in answer.headers:   # http.client takes much that is no chunk for one
+    if "Transfer-Encoding" in answer.headers:   # http.client accepts much that is not a valid chunk
         raise http.client.HTTPException("it uses a transfer coding, which our server never does")
-    body = answer.read(MAX_ANSWER)   # with a limit it reserves no more, whatever Content-Length says,
-    if answer.length:                # but does not say that the end is missing
+    body = answer.read(MAX_ANSWER)   # with a limit, it allocates no more, whatever Content-Length says,
+    if answer.length:                # but it does not report a missing end
         raise http.client.IncompleteRead(body, answer.length)
     return body
 
 
 def decode(body: bytes) -> Any:
-    """A body's JSON. Raises ValueError, or RecursionError, if it is none that our server would send."""
+    """The JSON in a body. Raises ValueError or RecursionError if our server would not send it."""
     def object_of(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         if len(dict(pairs)) < len(pairs):   # some programs take the first, some the last (RFC 8259 section 4)
-            raise ValueError("a name is there twice")
+            raise ValueError("a name occurs twice")
         return dict(pairs)
 
     value = json.loads(body.decode(), object_pairs_hook=object_of)
-    json.dumps(value, allow_nan=False)   # json reads NaN, Infinity and 1e999, none of which is JSON
+    json.dumps(value, allow_nan=False)   # json.loads accepts NaN, Infinity and 1e999, which are not JSON
     level = [value]
-    for _ in range(MAX_DEPTH):   # indented, 1 MB of nested arrays would become 1 GB
+    for _ in range(MAX_DEPTH):   # 1 MB of nested arrays would become 1 GB when indented
         level = [inner for outer in level if isinstance(outer, (dict, list))
                  for inner in (outer.values() if isinstance(outer, dict) else outer)]
     if level:
@@ -140,21 +140,21 @@ def one_line(text: str) -> str:
 
 
 def printable(text: str, keep: str = "") -> str:
-    """The text with control characters, line feeds too, as JSON escapes, except those in ``keep``.
+    """The text with all control characters, even line feeds, as JSON escapes, except those in ``keep``.
 
-    What a server sends must neither drive our terminal nor look like a line of ours.
+    What a server sends must not control our terminal, or look like a line of our own.
     """
     return "".join(c if c.isprintable() or c in keep else json.dumps(c)[1:-1] for c in text)
 
 
 def add_url_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag that says where the server is."""
+    """Add the flag for the server's URL."""
     parser.add_argument("--url", type=https_url, help="where the server is (default https://127.0.0.1:8443/todo, "
                                                       "with the port of MTLS_SERVER_PORT if that is set)")
 
 
 def https_url(text: str) -> str:
-    """A URL as argparse's type. Only https: urllib would open file: as well."""
+    """Argparse's type for a URL. Only https: urllib would also open file: URLs."""
     if not text.lower().startswith("https://"):
         raise argparse.ArgumentTypeError(f"{text!r} must begin with https://")
     try:
@@ -168,7 +168,7 @@ def https_url(text: str) -> str:
 
 
 def default_url(parser: argparse.ArgumentParser) -> str:
-    """The lab's server, on the port of the environment; exits with 2 if that is none."""
+    """The lab's server, on the port from the environment; exits with 2 if that is not a port."""
     port = os.environ.get("MTLS_SERVER_PORT") or "8443"
     if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
         parser.error(f"MTLS_SERVER_PORT: {port!r} is no port (1 to 65535)")

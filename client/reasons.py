@@ -1,7 +1,7 @@
 """Why something failed and what to do about it: one table for both clients.
 
-The functions find out what can be known (OpenSSL's code, the alert, what is in a file) and take the sentence and the
-next step from the table. Where a mild step helps, none is offered that destroys anything.
+The functions find out the facts (OpenSSL's code, the alert, what is in a file); the table has the sentence and the
+next step for them. If a harmless step helps, no destructive one is offered.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ if os.name == "nt":
     PYTHON, EXPORT, PRIVATELY = "python", "$env:MTLS_SERVER_PORT=PORT", ""
 RENEW = "bash certs/gen_certs.sh renew"
 NEW_CA = "bash certs/gen_certs.sh"
-# The same key gives the same CA: all that it has issued goes on working.
+# With the same key it is the same CA: everything that it has issued keeps working.
 REMAKE_CA = "openssl req -new -x509 -days 3650 -key certs/ca.key -out certs/ca.crt -config certs/ca.cnf"
 
 # --- The table -----------------------------------------------------------------------------
-# In the texts, {make} is how to get the file anew, see MAKE; {cacert}, {cert}, {file} and the like are paths;
+# In the texts, {make} is how to get a new file, see MAKE; {cacert}, {cert}, {file} and the like are paths;
 # {host} and {port} are those of the URL; {words} are OpenSSL's or the system's.
 
 OTHER_CA = ("it was not issued by the CA in {cacert}; make sure that the server on port {port} uses the same certs/ "
             "(right after gen_certs.sh, try again in a second)")
 UNNAMED = f"where the server runs, add that name under alt_names in certs/server.cnf if it is not there, then: {RENEW}"
 
-UNTRUSTED = {   # The server's certificate does not verify, by OpenSSL's code for it
+UNTRUSTED = {   # The server's certificate does not verify, by OpenSSL's error code
     7: OTHER_CA,    # signature failure: a CA of the same name with another key
     18: OTHER_CA,   # self-signed certificate
     19: OTHER_CA,   # self-signed certificate in certificate chain
     20: OTHER_CA,   # unable to get local issuer certificate
     21: OTHER_CA,   # unable to verify the first certificate
-    9: f"set the clock of this machine right; if it is right, renew the certificate where the server runs: {RENEW}",
+    9: f"set the clock of this machine; if it is right, renew the certificate where the server runs: {RENEW}",
     10: f"renew it where the server runs: {RENEW}",
     26: f"it is not for servers; renew server.crt where the server runs: {RENEW}",
     62: UNNAMED,    # host name mismatch
     64: UNNAMED,    # IP address mismatch
-    "no CA": "{cacert} is not the certificate of a CA; use the CA's: --cacert certs/ca.crt",
+    "no CA": "{cacert} is not the certificate of a CA; use the CA's own: --cacert certs/ca.crt",
     "other": "is it our server?",
 }
 REFUSED = {   # The server refuses our certificate, by its alert (RFC 8446 section 6.2)
@@ -57,8 +57,8 @@ REFUSED = {   # The server refuses our certificate, by its alert (RFC 8446 secti
     "unsupported certificate": "{cert} is not for clients; use a client's: "
                                "--cert certs/client.crt --key certs/client.key",
     "certificate revoked": "{cert} has been revoked; ask whoever runs the server for another one",
-    "certificate required": "it has not got {cert}; see the server's log",
-    "handshake failure": "it has no cipher suite in common with us, or wants another certificate than {cert}; "
+    "certificate required": "it did not receive {cert}; see the server's log",
+    "handshake failure": "it has no cipher suite in common with us, or wants a certificate other than {cert}; "
                          "see the server's log",
     "protocol version": "it speaks neither TLS 1.2 nor 1.3; is it our server?",
     "other": "see the server's log; is it our server?",
@@ -69,12 +69,12 @@ NO_ANSWER = {
     "no port": "no server at {url}: nothing listens on port 443, the default; "
                "add the server's port: --url https://{host}:8443/todo",
     "silent": f"no answer from {{url}} within {SILENCE:.0f} s; "
-              "is port {port} our server's, and does it still run?",
+              "is port {port} our server's, and is the server still running?",
     "unknown host": "the host name {host} cannot be resolved ({words}); correct it, or, "
                     "for a server on this machine: --url https://127.0.0.1:8443/todo",
     "no TLS": "what listens on port {port} does not speak TLS ({words}); is that our server's port?",
     "too much": "{url} sent more than 1 MB; is it our server? If so, its list is too long: restart it",
-    "other": "no HTTP answer from {url}: {words}; is our server there, and does it still run?",
+    "other": "no HTTP answer from {url}: {words}; is it our server, and is it still running?",
 }
 NOT_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
 CONVERT_PFX = ("is a PFX, not PEM; convert it and use the result for both --cert and --key: "
@@ -106,14 +106,14 @@ PAIR = {   # What is wrong with a certificate and a key
     "misfit": "do not belong together; {make}",
     "unusable": "cannot be used ({words}); {make}",
 }
-UNREADABLE = {   # A file that we may not read, or that is not there
+UNREADABLE = {   # A file that we may not read, or that is missing
     "ours": "give yourself access: chmod u+r {file}",
-    "key": "it belongs to {owner}, and a private key is for its owner only; "   # no chmod: others would gain from it
+    "key": "it belongs to {owner}, and a private key is for its owner only; "   # no chmod, which could expose it
            "ask for a certificate and key of your own",
     "certificate": "it belongs to {owner}; ask for a copy (a certificate is no secret)",
     "elsewhere": "is this the right path?",
 }
-MAKE = {   # How to get a file anew: {make} above
+MAKE = {   # How to get a new file: {make} above
     "elsewhere": "is it the right one? If so, get another from whoever issued it",
     "nothing": f"make the certificates: {NEW_CA}",
     "no ca.key": "copy it from the machine that has ca.key; "
@@ -129,7 +129,7 @@ FORBIDDEN = "; to admit it, start the server with this name, too: --allow-cn mtl
 # --- What happened -------------------------------------------------------------------------
 
 def words(error: Exception) -> str:
-    """What OpenSSL or the system says, without OpenSSL's codes and source lines."""
+    """What OpenSSL or the system says, without OpenSSL's codes and source locations."""
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.rstrip(".")
     if isinstance(error, ssl.SSLError) and error.reason:
@@ -166,10 +166,10 @@ def explain(error: Exception, url: str, cacert: Path, cert: Path | None = None) 
 
 
 def of_answer(status: int, phrase: str, body: bytes) -> str:
-    """What an error answer says of itself, and what to do if we know it. ``phrase`` is that of its status line."""
+    """What an error answer says, and what to do if we know that. ``phrase`` is from its status line."""
     try:
         text = str(json.loads(body)["error"])
-    except (ValueError, KeyError, TypeError, RecursionError):   # not the JSON of our server: of a page, the title
+    except (ValueError, KeyError, TypeError, RecursionError):   # not our server's JSON: take an HTML page's title
         text = body[:5000].decode(errors="replace")
         title = re.search(r"<title>([^<]*)", text, re.IGNORECASE)
         text = title[1] if title else text.strip().partition("\n")[0][:200] or phrase
@@ -182,10 +182,10 @@ def of_answer(status: int, phrase: str, body: bytes) -> str:
 # --- What is wrong with a file -------------------------------------------------------------
 
 def unusable(error: OSError, cacert: Path, cert: Path | None = None, key: Path | None = None) -> str:
-    """Why the files cannot be used: which one it is, what it holds, what to do. ``error`` is what loading them said."""
+    """Why the files cannot be used: which one, what it holds, what to do. ``error`` was raised by loading them."""
     reason = getattr(error, "reason", None)
     misfit = reason in ("KEY_VALUES_MISMATCH", "KEY_TYPE_MISMATCH", "NO_CERTIFICATE_ASSIGNED")
-    forgotten = key == CERTS / "client.key" and not there(key)   # of --cert alice.crt without --key
+    forgotten = key == CERTS / "client.key" and not there(key)   # as in --cert alice.crt without --key
     if cert and key and (misfit or forgotten) and (pair := pair_of(cert, key)):
         return f"{cert} and {key} " + PAIR["other key"].format(pair=pair)
     for option, file in (("--cert", cert), ("--key", key), ("--cacert", cacert)):
@@ -208,7 +208,7 @@ def unusable(error: OSError, cacert: Path, cert: Path | None = None, key: Path |
 
 
 def content(data: bytes) -> list[str]:
-    """What there is in a file, in the table's words."""
+    """What a file holds, in the table's words."""
     if not data.strip():
         return ["nothing"]
     kinds = [kind for kind, sign in (
@@ -219,7 +219,7 @@ def content(data: bytes) -> list[str]:
         # DER (X.690): a sequence (0x30) and its length; a PFX begins with version 3, a key with 0 or 1
         ("PFX", rb"\A0(\x82..|\x81.|[\x00-\x80])\x02\x01\x03"),
         ("DER", rb"\A0(\x82..|\x81.|[\x00-\x7f])[\x020]")) if re.search(sign, data, re.DOTALL)]
-    if "encrypted key" in kinds and "private key" in kinds:   # its old form has both lines
+    if "encrypted key" in kinds and "private key" in kinds:   # the old format has both lines
         kinds.remove("private key")
     return kinds or ["other"]
 
@@ -240,7 +240,7 @@ def unreadable(file: Path, problem: OSError, option: str) -> str:
 
 
 def make(file: Path) -> str:
-    """How to get this certificate or key anew. Never a new CA while anything is left of the former one."""
+    """How to get a new certificate or key. Never a new CA while anything is left of the former one."""
     kind = "certificate"
     if not in_certs(file):
         kind = "elsewhere"
@@ -255,7 +255,7 @@ def make(file: Path) -> str:
 
 
 def command(file: Path) -> str:
-    """The command that makes this certificate; renew keeps the key if that is there."""
+    """The command that makes this certificate; renew keeps an existing key."""
     if file.stem in ("client", "server"):
         return RENEW
     known = there(file.with_suffix(".crt")) or there(file.with_suffix(".key"))
@@ -268,13 +268,13 @@ def in_certs(file: Path) -> bool:
 
 
 def beside(file: Path) -> dict[str, str]:
-    """The paths of other files of that name, by their fields in the table."""
+    """The paths of related files (same name, other suffix), by their fields in the table."""
     return {field: quoted(file.with_suffix(ending)) for field, ending in (
         ("crt", ".crt"), ("key", ".key"), ("pem", ".pem"), ("plain_key", ".plain.key"))}
 
 
 def pair_of(cert: Path, key: Path) -> str | None:
-    """The option that was forgotten where one of these two was given: it names the other file of the pair."""
+    """The option to add if only one of --cert and --key was given: it names the other file of the pair."""
     options = [(option, given.with_suffix(ending)) for option, given, ending in (
         ("--key", cert, ".key"), ("--cert", key, ".crt")) if given.name]
     if cert == CERTS / "client.crt":   # the default, so it is --key that was given
@@ -284,12 +284,12 @@ def pair_of(cert: Path, key: Path) -> str | None:
 
 
 def there(file: Path) -> bool:
-    """Whether the file exists, as far as we may know."""
+    """Whether the file exists, as far as we can see."""
     return os.access(file, os.F_OK)
 
 
 def authorities(file: Path) -> int | None:
-    """How many of the certificates in a file are a CA's; None if one cannot be read."""
+    """How many of the certificates in a file are CA certificates; None if one cannot be read."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     try:
         context.load_verify_locations(file)
@@ -299,5 +299,5 @@ def authorities(file: Path) -> int | None:
 
 
 def quoted(path: Path) -> str:
-    """A path for a command line."""
+    """A path, quoted for a command line."""
     return shlex.quote(str(path)) if os.name == "posix" else f'"{path}"'

@@ -1,7 +1,7 @@
 """What -v shows: what the two sides agreed on in the handshake, and both certificates.
 
-exchange.Connection calls `Handshakes` when its handshake ends. In TLS 1.3 that is before the server has looked at
-our certificate, so these lines come before a refusal; in TLS 1.2 a refusal ends the handshake, and they are missing.
+exchange.Connection calls `Handshakes` when its handshake ends. In TLS 1.3 that is before the server has checked
+our certificate, so these lines come before a refusal. In TLS 1.2 a refusal ends the handshake: they are missing.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ NO_CHECK_TIME = 0x200000   # OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which Pyth
 
 
 def add_argument(parser: argparse.ArgumentParser) -> None:
-    """The flag."""
+    """Add the flag -v."""
     parser.add_argument("-v", "--verbose", action="store_true",
                         help="show what the handshake agreed on, and both certificates")
 
 
 class Handshakes:
-    """Shows each handshake through ``say``; ``cert`` and ``key`` are ours, if we have any."""
+    """Shows each handshake through ``say``. ``cert`` and ``key`` are our own, if we have any."""
 
     def __init__(self, say: Callable[[str], None], cert: Path | None = None, key: Path | None = None) -> None:
         self.say = say
@@ -35,13 +35,13 @@ class Handshakes:
         if cert and key:
             try:
                 self.ours = lines("Our certificate (sent if the server asks for one)", decoded_by_peer(cert, key))
-            except OSError as error:   # it is not for clients, for example
+            except OSError as error:   # for example, it is not for clients
                 why = getattr(error, "verify_message", None) or error
                 self.ours = [f"Our certificate: {cert} cannot be shown ({why})"]
         self.shown: list[str] = []
 
     def __call__(self, connection: ssl.SSLSocket | None) -> None:
-        """Show the handshake of this connection; None for one that has failed."""
+        """Show the handshake of this connection; None if it failed."""
         if connection is None:
             self.say("TLS: the handshake did not complete")
             return
@@ -58,10 +58,10 @@ class Handshakes:
 
 
 def lines(title: str, connection: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
-    """What the certificate of this connection's peer says. The lines are not escaped yet."""
+    """What the certificate of this connection's peer says, in lines that are not escaped yet."""
     try:
         certificate: dict[str, Any] = connection.getpeercert() or {}
-    except (OSError, ValueError):   # verified, but its names are in no known form
+    except (OSError, ValueError):   # verified, but Python cannot decode its names
         certificate = {}
     names = {field: ", ".join(value for rdn in certificate.get(field, ()) for key, value in rdn if key == "commonName")
              for field in ("subject", "issuer")}
@@ -79,21 +79,21 @@ def lines(title: str, connection: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
 
 
 def decoded_by_peer(cert: Path, key: Path) -> ssl.SSLObject:
-    """A peer to which we have shown our certificate. Raises OSError (ssl.SSLError is one).
+    """A peer that has our certificate. Raises OSError (ssl.SSLError is one).
 
-    Python decodes a certificate only for the peer that has verified it. So this is a handshake in memory, with a
+    Python decodes a certificate only for a peer that has verified it. So this makes an in-memory handshake with a
     server that trusts exactly this certificate.
     """
     client, server = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     client.check_hostname, client.verify_mode = False, ssl.CERT_NONE   # this server is ourselves
     server.verify_mode = ssl.CERT_REQUIRED
-    server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME   # one that has expired is shown as well
+    server.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | NO_CHECK_TIME   # show an expired one, too
     server.load_verify_locations(cert)
     for context in (client, server):
         context.load_cert_chain(cert, key, password="")
     to_client, to_server = ssl.MemoryBIO(), ssl.MemoryBIO()
     ours, peer = client.wrap_bio(to_client, to_server), server.wrap_bio(to_server, to_client, server_side=True)
-    for side in (ours, peer) * 3:   # two turns of each, or three if the first hello must be repeated
+    for side in (ours, peer) * 3:   # two turns each, or three after a HelloRetryRequest
         with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
     return peer

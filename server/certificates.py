@@ -1,8 +1,8 @@
-"""The server's own certificates: load them, verify them as a client will, take up new ones.
+"""The server's own certificates: load them, verify them as a client will, reload them when they change.
 
-The files may change at any time, one after the other. So a set counts only if all of it loads and
-fits together, and no file has changed meanwhile; until then the server goes on with the former
-one. A set is loaded into a new context: connections keep the one that they began with.
+The files may change at any time, one after the other. So a new set is used only if all of it loads
+and matches, and no file has changed meanwhile; until then, the server keeps the former set. Each set
+is loaded into a new context, and each connection keeps the context that it began with.
 """
 
 import contextlib
@@ -17,29 +17,29 @@ from typing import Any, NamedTuple
 from problems import Unusable, cure, in_words, load, read
 
 FILES = ("ca.crt", "server.crt", "server.key")
-PATIENCE = 5.0   # seconds that a new set may be unusable before the log says so: a move is over sooner
+PATIENCE = 5.0   # seconds before the log says that a new set is unusable: moving files takes less
 
 NO_CHECK_TIME = 0x200000   # X509_V_FLAG_NO_CHECK_TIME, for which Python has no name
 
 
 class Found(NamedTuple):
-    """A set of files that fits together."""
+    """A set of files that match."""
 
     ca: bytes               # ca.crt: one CA or several
     certificate: bytes      # server.crt
     cas: frozenset[bytes]   # the CAs in ca.crt, in DER
-    issuer: bytes           # the one of them that has signed server.crt, in PEM
-    valid_until: str        # of server.crt, as OpenSSL writes it
+    issuer: bytes           # the one that signed server.crt, in PEM
+    valid_until: str        # the end of server.crt's validity, as OpenSSL writes it
     warning: str | None     # why clients will refuse server.crt, and what to do
 
 
 class Certificates:
-    """The context for new connections, made anew when ca.crt, server.crt or server.key change.
+    """The context for new connections, made anew when ca.crt, server.crt or server.key changes.
 
     ``make_context`` takes the folder and returns a server's context with its files loaded. Raises
     Unusable if they cannot be used. ``generation`` grows with each change of ca.crt: a connection
-    with a former one was authenticated by a CA that may no longer be trusted. ``warning`` says why
-    clients will refuse server.crt, if they will.
+    of an earlier generation was authenticated by a CA that may no longer be trusted. ``warning``
+    says why clients will refuse server.crt; None if they will not.
     """
 
     context: ssl.SSLContext
@@ -49,11 +49,11 @@ class Certificates:
         self.folder, self.make_context = folder, make_context
         self.generation = 0
         self.stamps: list[tuple[int, ...] | None] = []   # of the files in use
-        self.problem, self.since, self.told = "", 0.0, ""   # why the files are not used, since when, what the log knows
+        self.problem, self.since, self.told = "", 0.0, ""   # why the files are not used, since when, what was logged
         self.take_up()
 
     def look(self) -> str | None:
-        """Take up the files if they have changed. Returns a line for the log, or None. Call it once a second."""
+        """Load the files if they have changed. Returns a line for the log, or None. Call it once a second."""
         former, generation, told = self.found, self.generation, self.told
         try:
             if self.stamps != file_stamps(self.folder):
@@ -72,13 +72,13 @@ class Certificates:
         return f"{line} | WARNING: {self.warning}" if self.warning else line
 
     def take_up(self) -> None:
-        """Load what is in the folder and use it from now on. Raises Unusable, and then nothing is changed."""
+        """Load what is in the folder and use it from now on. If it raises Unusable, nothing has changed."""
         stamps = file_stamps(self.folder)
         try:
             found = verified(self.folder)
             context = self.make_context(self.folder)
             send_with_ca(context, self.folder, found)
-        except OSError as error:   # ssl.SSLError is one; a file has vanished after it was read
+        except OSError as error:   # ssl.SSLError is one; or a file vanished after it was read
             raise Unusable(f"{self.folder}: cannot load the certificates ({in_words(error)}); try again") from None
         if file_stamps(self.folder) != stamps:
             raise Unusable(f"{self.folder}: the certificates are being replaced; try again when that is done")
@@ -87,7 +87,7 @@ class Certificates:
         self.stamps, self.found, self.context, self.warning = stamps, found, context, found.warning
 
     def complaint(self, problem: str) -> str | None:
-        """The line about a problem that has lasted for some time: once for each."""
+        """The log line about a problem, once, when it has lasted for some time; otherwise None."""
         if problem != self.problem:
             self.problem, self.since = problem, time.monotonic()
         if problem == self.told or time.monotonic() - self.since < PATIENCE:
@@ -97,7 +97,7 @@ class Certificates:
 
 
 def file_stamps(folder: Path) -> list[tuple[int, ...] | None]:
-    """What changes when a file is replaced or written to; None for one that is not there."""
+    """For each file, what changes when it is replaced or written to; None if it is missing."""
     stamps: list[tuple[int, ...] | None] = []
     for name in FILES:
         try:
@@ -109,10 +109,11 @@ def file_stamps(folder: Path) -> list[tuple[int, ...] | None]:
 
 
 def send_with_ca(context: ssl.SSLContext, folder: Path, found: Found) -> None:
-    """Load our certificate once more, with the CA's after it in one file.
+    """Load our certificate once more, together with the CA's in one file.
 
-    OpenSSL sends both in any case, but a chain that it is not given, it looks for and verifies
-    in every handshake: 6 % of the CPU time. Where no temporary file can be, that is the price.
+    OpenSSL sends both in any case. But if it is not given the whole chain, it builds and verifies
+    one in every handshake, which takes 6 % of the CPU time. If we cannot make a temporary file, we
+    accept that.
     """
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as temporary:
         chain = Path(temporary) / "chain.pem"
@@ -123,7 +124,7 @@ def send_with_ca(context: ssl.SSLContext, folder: Path, found: Found) -> None:
 # --- Verify them as a client will ----------------------------------------------------------
 
 def verified(folder: Path) -> Found:
-    """The set in the folder. Raises Unusable if a client that trusts ca.crt could not use it, save for its dates."""
+    """The set in the folder. Raises Unusable if a client that trusts ca.crt would not accept it, dates aside."""
     contents = [read(folder / name) for name in FILES]
     ca, certificate, key = (folder / name for name in FILES)
     client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -138,7 +139,7 @@ def verified(folder: Path) -> Found:
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):   # the latter: RSA beside EC
             raise Unusable(f"{key}: does not belong to server.crt; {cure(certificate)}") from None
-        if error.reason and error.reason.startswith(("EE_", "CA_")):   # too weak for OpenSSL's security level
+        if error.reason and error.reason.startswith(("EE_", "CA_")):   # it is too weak for OpenSSL's security level
             raise Unusable(f"{certificate}: {in_words(error)}; {cure(key)}") from None
         raise Unusable(f"{key}: is damaged; {cure(key)}") from None
     try:
@@ -156,11 +157,11 @@ def verified(folder: Path) -> Found:
 PROBLEMS = dict.fromkeys((7, 18, 19, 20, 21), "is not signed by the CA in ca.crt") | {
     26: "is not for a server (see its extendedKeyUsage)",
 }
-"""What is wrong with server.crt, by OpenSSL's code for why it does not verify."""
+"""What is wrong with server.crt, by the code of OpenSSL's verification error."""
 
 
 def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any]:
-    """The server's certificate as such a client sees it, in a handshake within memory, whatever its dates and names.
+    """The server's certificate as this client sees it in an in-memory handshake, whatever its dates and names.
 
     Raises ssl.SSLError.
     """
@@ -178,7 +179,7 @@ def handshake(client: ssl.SSLContext, server: ssl.SSLContext) -> dict[str, Any]:
 
 
 def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, dict[str, Any]]:
-    """Of the CAs in ca.crt, which may have the same name, the one that has signed: in PEM, and what it says."""
+    """The CA in ca.crt (several may have the same name) that signed server.crt: its PEM, and its fields."""
     for block in re.findall(rb"-----BEGIN [A-Z0-9 ]+-----.+?-----END [A-Z0-9 ]+-----\n?", ca, re.DOTALL):
         client = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         client.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN   # it need not be a root
@@ -202,7 +203,7 @@ def dates(file: Path, about: dict[str, Any]) -> str | None:
 
 
 def names(file: Path, certificate: dict[str, Any]) -> str | None:
-    """The same for a certificate that was signed without the extensions of server.cnf."""
+    """The same for a certificate that was signed without the extensions from server.cnf."""
     if "subjectAltName" in certificate:
         return None
     return f"{file}: has no names (subjectAltName): clients will refuse it; {cure(file)}"

@@ -1,9 +1,9 @@
 """One connection of a TLS server on an event loop: its handshake, its requests, its end.
 
-A connection is an asyncio protocol over a plain transport. Its TLS is in memory: bytes from the
+A connection is an asyncio protocol over a plain transport. TLS runs in memory: bytes from the
 transport go into one `ssl.MemoryBIO`, an `ssl.SSLObject` takes a step, and what it wants to send comes
-out of another. (asyncio's own TLS closes before a refused peer has heard its alert.) `Connection.live`
-is its life from top to bottom, as a generator: at each ``yield`` it waits until something has happened.
+out of another. (asyncio's own TLS closes before a refused peer has read its alert.) `Connection.live`
+is its life from top to bottom, as a generator: at each ``yield`` it waits until something happens.
 
     HANDSHAKE --> WAITING --> IDLE --> REQUEST --> RESPONSE --> LINGERING --> gone
         |       for a place    ^                      |                        ^
@@ -11,8 +11,8 @@ is its life from top to bottom, as a generator: at each ``yield`` it waits until
         '-- refused: an alert --> REFUSED -------------------------------------'
 
 Only a peer that has completed the handshake, and so proved with a certificate who it is, gets a handler.
-Each phase has a deadline for all of it, however slowly bytes come or go. No peer can hold the loop: it
-gives `CHUNK` bytes in one step, and has one request answered per turn of the loop.
+Each phase has one deadline, however slowly bytes come or go. No peer can block the loop: each step
+reads at most `CHUNK` bytes from it, and each turn of the loop answers at most one of its requests.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from event_loop import EventLoopServer
 
-MAX_HELLO = 16 * 1024        # bytes until a ClientHello is whole: an honest one has 4 KB at most
-MAX_HANDSHAKE = 64 * 1024    # bytes until a peer has proved who it is: the longest honest chain fits
-MAX_LINGER = 16 * 1024 ** 2  # bytes that a peer may still send while we wait for its end
-CHUNK = 4 * 1024             # bytes of a peer in one step, so that none of its steps is long
-SLICE = 64 * 1024            # bytes of an answer that are encrypted in one step; no piece of one is longer
+MAX_HELLO = 16 * 1024        # bytes before a ClientHello is complete: an honest one has 4 KB at most
+MAX_HANDSHAKE = 64 * 1024    # bytes before a peer has proved who it is: enough for the longest honest chain
+MAX_LINGER = 16 * 1024 ** 2  # bytes that a peer may still send before it closes
+CHUNK = 4 * 1024             # bytes from a peer in one step, so that no step takes long
+SLICE = 64 * 1024            # bytes of an answer encrypted in one step; no piece of an answer is longer
 
 Phase = enum.Enum("Phase", "HANDSHAKE WAITING IDLE REQUEST RESPONSE REFUSED LINGERING")
 DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.WAITING: 15.0, Phase.IDLE: 15.0, Phase.REQUEST: 10.0,
@@ -42,20 +42,20 @@ DEADLINES = {Phase.HANDSHAKE: 5.0, Phase.WAITING: 15.0, Phase.IDLE: 15.0, Phase.
 
 
 class Connection(asyncio.BufferedProtocol):
-    """A peer's connection. ``getpeercert()`` tells who it is once the handshake is over."""
+    """A peer's connection. After the handshake, ``getpeercert()`` says who the peer is."""
 
     transport: asyncio.Transport
-    tls: ssl.SSLObject               # this and what follows come with its first byte: a silent peer costs little
+    tls: ssl.SSLObject               # this and the next two are made on the first byte: a silent peer costs little
     incoming: ssl.MemoryBIO
     outgoing: ssl.MemoryBIO
     life: Generator[None, None, None] | None = None
-    handler: Any                     # has its requests, see strict_http.StrictHandler
-    client: Any                      # who the server has found it to be
+    handler: Any                     # handles its requests, see strict_http.StrictHandler
+    client: Any                      # who it is, for the server's own use
     buffer: bytearray | None = None
-    error: Exception | None = None   # why the connection is lost
+    error: Exception | None = None   # why the connection was lost
     received = 0                     # bytes in this phase
-    congested = False                # the peer has not taken all that we have sent
-    half_closed = False              # the peer says no more
+    congested = False                # the peer has not taken all that we sent
+    half_closed = False              # the peer has closed its sending direction
     told_to_end = False              # its deadline has passed, or its place is needed
 
     def __init__(self, server: EventLoopServer, address: Any) -> None:
@@ -71,12 +71,12 @@ class Connection(asyncio.BufferedProtocol):
         """See ssl.SSLSocket."""
         return self.tls.getpeercert()
 
-    # --- What asyncio tells it -----------------------------------------------------------------
+    # --- Called by asyncio ---------------------------------------------------------------------
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        """The TCP connection is there."""
+        """The TCP connection is established."""
         self.transport = transport   # type: ignore[assignment]   # asyncio's own hint is too wide
-        self.transport.set_write_buffer_limits(0)   # tell about everything that the peer does not take
+        self.transport.set_write_buffer_limits(0)   # report every byte that the peer does not take
         self.server.add(self)
 
     def get_buffer(self, sizehint: int) -> bytearray:
@@ -98,7 +98,7 @@ class Connection(asyncio.BufferedProtocol):
         self.wake()
 
     def eof_received(self) -> bool:
-        """The peer says no more. It may still listen, so the transport must not close yet: True."""
+        """The peer sends no more. It may still read, so the transport must not close yet: True."""
         self.half_closed = True
         if self.phase in (Phase.REFUSED, Phase.LINGERING):
             self.transport.close()
@@ -109,7 +109,7 @@ class Connection(asyncio.BufferedProtocol):
         return True
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The peer has reset it, or we have closed it."""
+        """The peer has reset the connection, or we have closed it."""
         self.error = self.error or exc or ConnectionAbortedError("closed")
         if self.life is None:   # nothing has ever arrived
             self.server.refused(self.address, self.error)
@@ -117,30 +117,30 @@ class Connection(asyncio.BufferedProtocol):
         self.wake()
 
     def pause_writing(self) -> None:
-        """What we send is not taken at once."""
+        """The peer does not take what we send at once."""
         self.congested = True
 
     def resume_writing(self) -> None:
-        """All of it has been taken."""
+        """The peer has taken all of it."""
         self.congested = False
         self.wake()
 
     # --- Its life ------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """With the first byte, make the TLS object and begin to live."""
+        """On the first byte, create the TLS object and start `live`."""
         if self.life is None:
             self.incoming, self.outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
             self.tls = self.server.context.wrap_bio(self.incoming, self.outgoing, server_side=True)
             self.life = self.live()
 
     def wake(self) -> None:
-        """Something has happened: let `live` go on."""
+        """Something has happened: let `live` continue."""
         if self.life:
             next(self.life, None)
 
     def wait(self) -> Generator[None, None, None]:
-        """Wait until something has happened: bytes, an end, room to write, a deadline. Raises what it is lost by."""
+        """Wait for something to happen: bytes, an end, room to write, a deadline. Raises the error that ends it."""
         if not self.error:
             if self.incoming.pending < CHUNK:
                 self.transport.resume_reading()
@@ -163,10 +163,10 @@ class Connection(asyncio.BufferedProtocol):
         except OSError as error:   # ssl.SSLError is one
             if self.phase in (Phase.HANDSHAKE, Phase.WAITING):
                 self.server.refused(self.address, error)
-        except Exception:   # noqa: BLE001   # a defect of ours: it must not cost more than this connection
+        except Exception:   # noqa: BLE001   # a bug of ours must end no more than this connection
             self.server.handle_error(self, self.address)   # type: ignore[arg-type]
         self.linger()
-        self.error = None   # its traceback leads back to this connection, and would keep it in memory
+        self.error = None   # its traceback refers to this connection, and would keep it in memory
         del self.tls, self.incoming, self.outgoing
 
     def shake_hands(self) -> Generator[None, None, None]:
@@ -176,7 +176,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.tls.do_handshake()
                 break
             except ssl.SSLWantReadError:
-                if self.outgoing.pending:   # an answer: so the ClientHello was whole
+                if self.outgoing.pending:   # we answer, so the ClientHello was complete
                     self.server.make_pending(self)
                 self.flush()
             limit = MAX_HELLO if self in self.server.opening else MAX_HANDSHAKE
@@ -185,13 +185,13 @@ class Connection(asyncio.BufferedProtocol):
             yield from self.wait()
         self.flush()
         if hasattr(socket, "TCP_QUICKACK"):
-            # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms,
-            # and a client with Nagle's algorithm holds its first request back for that ACK.
+            # Without tickets we send nothing now, so the kernel would delay its ACK by 40 ms, and a
+            # client with Nagle's algorithm would hold back its first request until that ACK.
             with contextlib.suppress(OSError):   # it has just been reset
                 self.transport.get_extra_info("socket").setsockopt(socket.IPPROTO_TCP, socket.TCP_QUICKACK, 1)
 
     def wait_for_place(self) -> Generator[None, None, None]:
-        """Wait while the server is at capacity, and all others have a request running. Raises OSError."""
+        """Wait while the server is at capacity and every other client has a request running. Raises OSError."""
         self.enter(Phase.WAITING)
         while not self.server.admit(self):
             if self.told_to_end:
@@ -239,13 +239,13 @@ class Connection(asyncio.BufferedProtocol):
             return self.tls.read(SLICE)
         except ssl.SSLWantReadError:
             return None
-        except ssl.SSLEOFError:   # an end without close_notify: HTTP has lengths, so nothing is cut off unnoticed
+        except ssl.SSLEOFError:   # an end without close_notify: HTTP states lengths, so truncation is noticed
             return b""
         finally:
-            self.flush()   # TLS may have something to say itself
+            self.flush()   # TLS may have something of its own to send
 
     def send(self, pieces: list[bytes]) -> Generator[None, None, None]:
-        """Encrypt and send, a piece at a time, each when the peer has taken the one before. Raises OSError."""
+        """Encrypt and send one piece at a time, each after the peer has taken the one before. Raises OSError."""
         if sum(map(len, pieces)) <= SLICE:
             pieces = [b"".join(pieces)]   # one TLS record, if it is a short answer
         for piece in pieces:
@@ -260,12 +260,12 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def is_idle(self) -> bool:
-        """Whether it waits for a request of which nothing has arrived, not even half of a TLS record."""
+        """Whether it waits for a request and nothing of that has arrived, not even part of a TLS record."""
         return self.phase is Phase.IDLE and not (self.received or self.handler.has_begun)
 
     @property
     def is_over(self) -> bool:
-        """Whether to wait no more. A request that has begun has until its own deadline, even if the place is needed."""
+        """Whether to stop waiting. Even if its place is needed, a request that has begun has until its deadline."""
         return self.told_to_end and (self.phase is not Phase.REQUEST or time.monotonic() >= self.deadline)
 
     def end(self) -> None:
@@ -274,26 +274,26 @@ class Connection(asyncio.BufferedProtocol):
         if self.phase is Phase.HANDSHAKE:
             self.drop(TimeoutError(f"no complete handshake within {DEADLINES[Phase.HANDSHAKE]:.0f} s"))
         elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST) and not self.congested:
-            self.server.loop.call_soon(self.wake)   # after what this turn of the loop still reads: it is answered
+            self.server.loop.call_soon(self.wake)   # after this turn of the loop: what it still reads is answered
         else:
             self.transport.abort()
 
     def drop(self, reason: OSError) -> None:
-        """End it at once."""
+        """Close it at once."""
         self.error = reason
         self.server.forget(self)
         self.transport.abort()
 
     def linger(self) -> None:
-        """Say the last thing, an alert or close_notify, and read on until the peer ends its direction.
+        """Lingering close: send the alert or close_notify, then read until the peer closes its direction.
 
-        To close now would make the kernel answer what the peer still sends with a reset, and
+        If we closed at once, the kernel would answer what the peer still sends with a reset, and
         a reset can destroy what the peer has not read yet.
         """
         refused = self.phase is Phase.HANDSHAKE
         if not refused:
-            self.incoming.read()   # or unwrap() would go on with what the peer has sent
-            with contextlib.suppress(ssl.SSLError):   # the peer's close_notify is not here
+            self.incoming.read()   # or unwrap() would process what the peer has sent
+            with contextlib.suppress(ssl.SSLError):   # the peer's close_notify has not arrived
                 self.tls.unwrap()
         self.flush()
         self.enter(Phase.REFUSED if refused else Phase.LINGERING)
@@ -303,7 +303,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.half_closed:
             self.transport.close()
             return
-        if not refused:   # after an alert, our end comes with the peer's: together, some browsers miss the alert
+        if not refused:   # after an alert, close only with the peer: otherwise some browsers miss the alert
             with contextlib.suppress(OSError):   # it has just been reset
                 self.transport.write_eof()
         self.transport.resume_reading()

@@ -1,15 +1,15 @@
 """A TLS server on one event loop: nothing waits for a peer, and nothing is locked.
 
-`EventLoopServer` is an http.server.HTTPServer, but for `serve_forever`: it accepts, gives each connection
-a place, looks four times a second at all deadlines, and comes to an end without cutting off a request.
-What happens in a connection is in connections.py.
+`EventLoopServer` is an http.server.HTTPServer with a `serve_forever` of its own: it accepts connections,
+keeps their number within limits, checks all deadlines four times a second, and stops without cutting off
+a request. What happens within a connection is in connections.py.
 
-Every connection has one of four kinds of places. Each is limited, and each limit says who is dropped:
+Every connection is in one of four groups. Each group is limited, and when it is full, one is dropped:
 
     opening         no whole ClientHello yet: the oldest
     pending         in the handshake, or lingering: the oldest
-    clients         served: the longest idle; one that has begun a request is never dropped
-    unauthorized    served, but may not use the server: the oldest, whatever it does
+    clients         served: the one that has been idle longest, never one that has begun a request
+    unauthorized    served, but only with refusals: the oldest, whatever it is doing
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from typing import Any
 
 from connections import Connection, Phase
 
-MAX_PENDING = 512        # opening and pending; opening ones may have half of the places, as anyone can open many
+MAX_PENDING = 512        # opening and pending; opening may take only half of these: anyone can open many
 MAX_CLIENTS = 1024       # clients and unauthorized
-MAX_UNAUTHORIZED = 32    # so few that they can never take all places
-SPARE_DESCRIPTORS = 14   # that the server itself needs: streams, listener, event loop, certificate files
-TICK = 0.25              # seconds between two looks at the deadlines
-STOP_SECONDS = 5.0       # that running requests have to finish when the server is told to stop
+MAX_UNAUTHORIZED = 32    # so few that they can never fill the server
+SPARE_DESCRIPTORS = 14   # for the server itself: streams, listener, event loop, certificate files
+TICK = 0.25              # seconds between two checks of the deadlines
+STOP_SECONDS = 5.0       # seconds that running requests have to finish when the server is told to stop
 
 
 class EventLoopServer(http.server.HTTPServer):
-    """Leads connections through the handshake to ``handler``, and to a clean end.
+    """Takes connections through the handshake to ``handler``, and to a clean end.
 
     ``context`` has the TLS settings of new connections. Override `authenticated`, `is_authorized`,
     `keeps_alive`, `refused`, `service_actions` (called four times a second) and `handle_error`.
@@ -46,7 +46,7 @@ class EventLoopServer(http.server.HTTPServer):
     """
 
     request_queue_size = 1024                       # the default of 5 drops newcomers under load
-    allow_reuse_address = sys.platform != "win32"   # there it would let two servers share the port
+    allow_reuse_address = sys.platform != "win32"   # on Windows it would let two servers share the port
 
     def __init__(self, address: tuple[str, int], handler: Any, context: ssl.SSLContext) -> None:
         self.context = context
@@ -57,12 +57,12 @@ class EventLoopServer(http.server.HTTPServer):
         self.max_clients = min(MAX_CLIENTS, places // 2)
         self.max_pending = min(MAX_PENDING, places - self.max_clients)
         self.max_unauthorized = min(MAX_UNAUTHORIZED, self.max_clients // 2)
-        self.opening: dict[Connection, None] = {}   # each with the oldest first
+        self.opening: dict[Connection, None] = {}   # in each of the four, the oldest comes first
         self.pending: dict[Connection, None] = {}
         self.clients: dict[Connection, None] = {}
         self.unauthorized: dict[Connection, None] = {}
         self.stopping = False
-        # IPv4 if there is one, because "localhost" may stand for both: its number is the smaller one everywhere.
+        # Prefer IPv4, because "localhost" may mean both: AF_INET is the smaller number everywhere.
         self.address_family, *_, where = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
         super().__init__(where, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
         self.loop, self.told_to_stop = asyncio.new_event_loop(), asyncio.Event()
@@ -71,10 +71,10 @@ class EventLoopServer(http.server.HTTPServer):
         """Set the listener's options, and bind."""
         if sys.platform == "win32":
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
-        if self.address_family == socket.AF_INET6:   # "::" stands for IPv4, too; not every system has it so
+        if self.address_family == socket.AF_INET6:   # "::" includes IPv4, too; not every system does this by default
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
         self.socket.setblocking(False)
-        socketserver.TCPServer.server_bind(self)   # HTTPServer's looks up its own name, which can take seconds
+        socketserver.TCPServer.server_bind(self)   # HTTPServer's looks up the host's name, which can take seconds
 
     # --- Hooks ---------------------------------------------------------------------------------
 
@@ -93,7 +93,7 @@ class EventLoopServer(http.server.HTTPServer):
         """Called once for each connection that is not served."""
 
     def finishing(self) -> None:
-        """Called when the server is told to stop, if requests still run."""
+        """Called when the server is told to stop while requests are running."""
 
     # --- Places --------------------------------------------------------------------------------
 
@@ -102,17 +102,17 @@ class EventLoopServer(http.server.HTTPServer):
         return [*self.opening, *self.pending, *self.clients, *self.unauthorized]
 
     def forget(self, connection: Connection) -> None:
-        """Take away its place."""
+        """Take it out of its group."""
         for places in (self.opening, self.pending, self.clients, self.unauthorized):
             places.pop(connection, None)
 
     def add(self, connection: Connection) -> None:
-        """Give a new connection a place; if there are too many, the oldest is dropped.
+        """Let a new connection in; if there are too many, the oldest is dropped.
 
-        Two groups, so that a crowd which only connects cannot drop a peer that is merely far away.
+        There are two groups, so that peers that only connect cannot push out one that is merely far away.
         """
         self.opening[connection] = None
-        reason = ConnectionError("no complete handshake before too many others came")
+        reason = ConnectionError("no complete handshake before it was dropped for newer connections")
         if self.stopping:
             connection.drop(ConnectionError("the server is stopping"))
         elif len(self.opening) > (self.max_pending + 1) // 2:
@@ -121,13 +121,13 @@ class EventLoopServer(http.server.HTTPServer):
             next(iter(self.pending)).drop(reason)
 
     def make_pending(self, connection: Connection) -> None:
-        """It has sent a whole ClientHello, or begins to linger."""
+        """It has sent a complete ClientHello, or begins its lingering close."""
         if connection not in self.pending:
             self.forget(connection)
             self.pending[connection] = None
 
     def admit(self, connection: Connection) -> bool:
-        """Give an authenticated connection a place among those that are served. False if there is none."""
+        """Let an authenticated connection be served. False if there is no room."""
         authorized = self.is_authorized(connection)
         at_capacity = len(self.clients) + len(self.unauthorized) >= self.max_clients
         if at_capacity or (not authorized and len(self.unauthorized) >= self.max_unauthorized):
@@ -151,19 +151,19 @@ class EventLoopServer(http.server.HTTPServer):
         self.loop.run_until_complete(self.serve())
 
     def shutdown(self) -> None:
-        """Let `serve_forever` come to its end. May be called from a signal handler, and before it has begun."""
+        """Make `serve_forever` return. May be called from a signal handler, and before `serve_forever`."""
         self.stopping = True
         self.loop.call_soon_threadsafe(self.told_to_stop.set)
 
     async def serve(self) -> None:
-        """Accept and watch until `shutdown`; then let running requests finish."""
-        # What asyncio would print itself.
+        """Accept connections and watch deadlines until `shutdown`; then let running requests finish."""
+        # Otherwise asyncio would print such errors itself.
         self.loop.set_exception_handler(lambda _, context: self.handle_error(None, context))   # type: ignore[arg-type]
         accepting, watching = (self.loop.create_task(self.repeat(step)) for step in (self.accept, self.watch))
         await self.told_to_stop.wait()
         with contextlib.suppress(NotImplementedError):   # on Windows
             self.loop.remove_reader(self.socket)
-        await asyncio.wait([accepting], timeout=0.01)   # a connection that is just coming in must not get lost
+        await asyncio.wait([accepting], timeout=0.01)   # a connection that is being accepted must not get lost
         accepting.cancel()
         self.server_close()
         if any(one.phase in (Phase.REQUEST, Phase.RESPONSE) for one in self.connections()):
@@ -180,19 +180,19 @@ class EventLoopServer(http.server.HTTPServer):
         await asyncio.sleep(0.01)   # transports close in the next turns
 
     async def repeat(self, step: Callable[[], Awaitable[None]]) -> None:
-        """Take the step again and again. A defect of ours must not end it: no more connections would come in."""
+        """Repeat the step forever. A bug of ours must not end this: no more connections would be accepted."""
         while True:
             try:
                 await step()
             except Exception:   # noqa: BLE001
                 self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
-                await asyncio.sleep(TICK)   # it may come back at once
+                await asyncio.sleep(TICK)   # the error may come back at once
 
     async def accept(self) -> None:
-        """Let one connection in.
+        """Accept one connection.
 
-        asyncio's own servers accept all that wait in one go, before a limit of ours can act. Then descriptors
-        run out, and no one comes in for a second.
+        asyncio's own servers accept all waiting connections at once, before our limits can act. Then descriptors
+        run out, and nobody is accepted for a second.
         """
         if self.stopping:
             await asyncio.sleep(TICK)
@@ -202,13 +202,13 @@ class EventLoopServer(http.server.HTTPServer):
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
                 for oldest in [*self.opening, *self.pending][:1]:
                     oldest.end()
-                await asyncio.sleep(TICK)   # else a busy loop
+                await asyncio.sleep(TICK)   # otherwise this would be a busy loop
             return
-        # macOS gives no address for a peer that has left already.
+        # macOS gives no address for a peer that has already left.
         await self.loop.connect_accepted_socket(lambda: Connection(self, address or ("unknown", 0)), newcomer)
 
     async def watch(self) -> None:
-        """After a while, look at all deadlines, and whether there are places again."""
+        """After a while, check all deadlines, and whether there is room for those that wait."""
         await asyncio.sleep(TICK)
         now = time.monotonic()
         for connection in self.connections():

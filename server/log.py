@@ -1,7 +1,7 @@
 """The server's log on stderr, written by a thread of its own: the event loop never waits for its reader.
 
-What waits to be written is bounded: `MAX_ENTRIES` entries, and every part of an entry that a peer
-chooses is bounded by its caller, see `quoted`. Beyond that, entries are dropped and counted.
+What is waiting to be written is limited: to `MAX_ENTRIES` entries, and callers limit every part that
+a peer chooses, see `quoted`. Any more entries are dropped and counted.
 """
 
 from __future__ import annotations
@@ -12,12 +12,12 @@ import sys
 import threading
 import time
 
-MAX_ENTRIES = 1000    # that wait for somebody to read the log
-MAX_QUOTED = 200      # characters of a name that a peer has chosen
+MAX_ENTRIES = 1000    # that may be waiting to be written
+MAX_QUOTED = 200      # characters of a name that a peer chose
 
 
 def quoted(text: str | None) -> str:
-    """The text as it stands in a line: in quotes, escaped, and cut off if it is very long.
+    """The text as it appears in a log line: in quotes, escaped, and cut off if it is very long.
 
     Without the escapes, a name could forge a line or send control codes to the terminal.
     """
@@ -30,20 +30,20 @@ class Log:
     def __init__(self) -> None:
         self.entries: queue.SimpleQueue[str] = queue.SimpleQueue()
         self.dropped = 0     # changed only by the thread that calls `write`
-        self.reported = 0    # of those; changed only by the writer
+        self.reported = 0    # how many of these the log mentions; changed only by the writer
         self.closed = False
         self.writer = threading.Thread(target=self.write_all, daemon=True)
         self.writer.start()
 
     def write(self, *lines: str) -> None:
-        """Add an entry; if too many wait already, only count it."""
+        """Add an entry; if too many are waiting already, only count it."""
         if self.entries.qsize() < MAX_ENTRIES:
             self.entries.put("".join(f"[SERVER] {line}\n" for line in lines))
         else:
             self.dropped += 1
 
     def write_all(self) -> None:
-        """The writer: write entries, and how many are missing once no more wait, until `close`."""
+        """The writer thread: until `close`, write entries, and after the last one how many were dropped."""
         while not self.closed or not self.entries.empty():
             text = self.entries.get() + "".join(self.entries.get() for _ in range(self.entries.qsize()))
             missing = self.dropped - self.reported
@@ -53,10 +53,10 @@ class Log:
             with contextlib.suppress(AttributeError, OSError, ValueError):   # stderr may be closed
                 sys.stderr.write(text)
                 sys.stderr.flush()
-            time.sleep(0.002)   # entries that arrive meanwhile share one write; a wake-up for each costs much more
+            time.sleep(0.002)   # entries that arrive meanwhile share one write: a wake-up for each would cost more
 
     def close(self) -> None:
-        """Write what still waits, if somebody reads it within a second."""
+        """Write what is still waiting, if somebody reads it within a second."""
         self.closed = True
         self.entries.put("")
         self.writer.join(1.0)

@@ -1,7 +1,7 @@
-"""Why something does not work, in one line: what is wrong, and the one next step.
+"""Error messages in one line: what is wrong, and what to do next.
 
-First what is wrong with a certificate file, with a step that destroys nothing; then why a handshake
-failed, and who refused whom. Tables, from what can be known to the words.
+The first part is about certificate files; its steps destroy nothing. The second part says why a
+handshake failed, and who refused whom. Tables hold the words.
 """
 
 import os
@@ -12,12 +12,12 @@ from pathlib import Path
 
 
 class Unusable(Exception):
-    """One line: what is wrong with which file, and the one next step."""
+    """One line: which file is unusable, why, and what to do next."""
 
 
 # --- What is wrong with a file, and what to do ---------------------------------------------
 
-_LENGTH = rb"(?:[\0-\x80]|\x81.|\x82..|\x83...)"   # of what follows, in DER
+_LENGTH = rb"(?:[\0-\x80]|\x81.|\x82..|\x83...)"   # a length in DER
 LOOKS = {
     "a certificate": rb"-----BEGIN (?:X509 |TRUSTED )?CERTIFICATE-----",
     "a certificate request (CSR)": rb"-----BEGIN (?:NEW )?CERTIFICATE REQUEST-----",
@@ -28,7 +28,7 @@ LOOKS = {
     "a private key in DER": rb"\A\x30" + _LENGTH + rb"\x02\x01[\0\1]",
     "nothing": rb"\A\s*\Z",
 }
-"""What a file holds, by how it looks: PEM by its first line, DER by its first bytes."""
+"""What a file holds, and how to recognize it: PEM by its first line, DER by its first bytes."""
 
 CONVERT = {
     ("ca.crt", "a PFX (PKCS#12)"): "pkcs12 -cacerts -nokeys",
@@ -39,14 +39,14 @@ CONVERT = {
     ("server.key", "a private key in DER"): "pkey -inform DER",
     ("server.key", "a private key with a password"): "pkey",
 }
-"""The openssl command that makes of it what is wanted."""
+"""The openssl command that extracts or converts what is wanted, by file and by what it holds."""
 
 
 def read(file: Path) -> bytes:
-    """The content of a file that looks like what it should be. Raises Unusable."""
+    """The content of a file. Raises Unusable if it does not look like what it should be."""
     try:
         if file.is_dir():
-            raise Unusable(f"{file}: is a folder (Docker makes one for a mount that is not there); "
+            raise Unusable(f"{file}: is a folder (Docker creates one if a file to mount is missing); "
                            f"remove it: rmdir certs/{file.name}")
         content = file.read_bytes()
     except FileNotFoundError:
@@ -79,7 +79,7 @@ def load(file: Path, attempt: Callable[[], None]) -> None:
 
 
 def cure(file: Path) -> str:
-    """The step that brings back a file which is missing or of no use, at the least cost."""
+    """The step with the least side effects that replaces a missing or unusable file."""
     def has(name: str) -> bool:
         return (file.parent / name).exists()
 
@@ -92,14 +92,14 @@ def cure(file: Path) -> str:
         return "make the certificates, CA included: bash certs/gen_certs.sh"
     if not has("ca.crt") or not has("ca.key"):
         return "copy it from where the CA is"
-    renew = "bash certs/gen_certs.sh renew" + (" server" if has("client.crt") else "")   # a lab without it needs both
+    renew = "bash certs/gen_certs.sh renew" + (" server" if has("client.crt") else "")   # else it makes that, too
     if file.name == "server.key" and has("server.key"):   # renew keeps a key that is there
         return f"make another: mv certs/server.key certs/server.old.key && {renew}"
     return f"make it anew with the CA that is there: {renew}"
 
 
 def permit(file: Path) -> str:
-    """The step that lets us read a file, and nobody else."""
+    """The step that lets us, and nobody else, read a file."""
     try:
         owner = file.owner()
         if file.stat().st_uid == os.getuid():
@@ -120,12 +120,12 @@ ALERTS = {
     "bad certificate": "look at the names in server.crt, its dates and its CA",
     "certificate unknown": "look at the names in server.crt, its dates and its CA",
 }
-"""What a client says of our certificate, by the alert's name."""
+"""What a client's alert says about our certificate."""
 
 VERIFY = dict.fromkeys((7, 18, 19, 20, 21), "; no CA in ca.crt has signed it") | {
     26: "; it is not for a client (see its extendedKeyUsage)",
 }
-"""What OpenSSL's words for why we refuse a client's certificate leave open, by its code."""
+"""What to add to OpenSSL's words when we refuse a client's certificate, by OpenSSL's error code."""
 
 
 def in_words(error: Exception) -> str:
@@ -134,7 +134,7 @@ def in_words(error: Exception) -> str:
         return f"client certificate refused: {error.verify_message}{VERIFY.get(error.verify_code, '')}"
     text = str(getattr(error, "reason", None) or getattr(error, "strerror", None) or error)
     text = re.sub(r"\[\w+(: \w+)?\] | ?\(_ssl\.c:\d+\)", "", text).replace("_", " ").lower()
-    # What stands before the alert's name is OpenSSL's history: "sslv3 alert bad certificate" also over TLS 1.3.
+    # The words before the alert's name are historical: OpenSSL says "sslv3 alert bad certificate" over TLS 1.3, too.
     if alert := re.match(r"(?:(?:\S+ )?alert|tlsv1) (.+)", text):
         if alert[1] in ALERTS:
             return f"the client refused our certificate (alert {alert[1]}): {ALERTS[alert[1]]}"

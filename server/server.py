@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The lab's mutual TLS server: GET /todo and POST /todo, for clients with a certificate of our CA.
 
-Read it from top to bottom: what makes it mutual, who may use it, what a request goes through, the
-list of items, settings, start and stop. What it stands on knows nothing of TODO: event_loop.py and
-connections.py (TLS connections), strict_http.py (requests), certificates.py (our own), log.py,
-problems.py (why something does not work).
+Read it from top to bottom: what makes TLS mutual, who may use the server, what a request goes
+through, the list of items, settings, start and stop. The modules below it know nothing about TODO
+items: event_loop.py and connections.py (TLS connections), strict_http.py (requests),
+certificates.py (the server's own), log.py, problems.py (error messages).
 """
 
 import argparse
@@ -23,7 +23,7 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
 
-if sys.version_info < (3, 10):   # noqa: UP036   # said here, because older ones cannot read what follows
+if sys.version_info < (3, 10):   # noqa: UP036   # checked first: the imports below need it
     sys.exit(f"server.py: needs Python 3.10 or newer, this is {sys.version.split()[0]}")
 
 from certificates import Certificates
@@ -33,7 +33,7 @@ from log import Log, quoted
 from problems import Unusable, in_words
 from strict_http import Refusal, StrictHandler, encode
 
-CERTS = Path(__file__).resolve().parent.parent / "certs"   # found from any current folder
+CERTS = Path(__file__).resolve().parent.parent / "certs"   # wherever you start it from
 
 MAX_BODY = 64 * 1024   # bytes of a request's body
 MAX_TASK = 1000        # characters
@@ -53,32 +53,32 @@ def tls_context(certs: Path) -> ssl.SSLContext:
     # ② Trust only our CA. With the system's trust store, any public CA could admit a client.
     context.load_verify_locations(cafile=certs / "ca.crt")
     # ③ Our own certificate and key. The empty password makes an encrypted key an error: without
-    #    it, OpenSSL would stop and ask for a password that nobody is there to type.
+    #    it, OpenSSL would stop and ask for the password on the terminal.
     context.load_cert_chain(certs / "server.crt", certs / "server.key", password="")
     # ④ TLS 1.2 at least: 1.0 and 1.1 rest on MD5 and SHA-1 (deprecated by RFC 8996).
     context.minimum_version = ssl.TLSVersion.TLSv1_2
-    # For TLS 1.2, only forward secrecy with authenticated encryption: Python's default still has
-    # the CBC suites (padding oracles). TLS 1.3 has nothing else.
+    # For TLS 1.2, only suites with forward secrecy and authenticated encryption: Python's default
+    # still includes CBC suites (padding oracles). TLS 1.3 has only such suites anyway.
     context.set_ciphers("ECDHE+AESGCM:ECDHE+CHACHA20")
-    # Python's default stays: of all that both sides can do, our order decides. By the client's order, OpenSSL
-    # would compare its whole list of signature algorithms with itself: 0.6 s of CPU for a ClientHello of 60 KB.
-    # Key exchange in cheap groups only: anyone can send a ClientHello, and the largest group
-    # (ffdhe8192) would cost 0.2 s of CPU for each. P-256 is the one that every client has.
+    # Python's default stays: the server's order of preference decides. By the client's order, OpenSSL would
+    # compare its whole list of signature algorithms with itself: 0.6 s of CPU for a ClientHello of 60 KB.
+    # Only cheap key exchange groups: anyone can send a ClientHello, and with the largest group
+    # (ffdhe8192) each would cost 0.2 s of CPU. P-256 is the one that every client supports.
     if hasattr(context, "set_groups"):   # Python 3.15
         known = context.get_groups()   # type: ignore[attr-defined]
-        good = ("X25519MLKEM768", "x25519", "secp256r1")   # the first where OpenSSL has it (3.5+)
+        good = ("X25519MLKEM768", "x25519", "secp256r1")   # the first needs OpenSSL 3.5+
         context.set_groups(":".join(group for group in good if group in known))
     else:
-        context.set_ecdh_curve("prime256v1")   # despite its name, it leaves no other group
-    # The only protocol we speak. A client that offers others (h2) learns it in the handshake.
+        context.set_ecdh_curve("prime256v1")   # despite its name, it disables all other groups
+    # The only protocol we speak. A client that offers others (h2) learns this in the handshake.
     context.set_alpn_protocols(["http/1.1"])
-    # A TLS 1.2 client must not make us repeat the costly handshake within a connection.
+    # A TLS 1.2 client must not be able to repeat the costly handshake within a connection.
     context.options |= ssl.OP_NO_RENEGOTIATION
     # No TLS 1.3 tickets: every new connection proves again that the client has its key. (TLS 1.2
     # can still resume. Every request is authorized anyway, resumed or not.)
     context.num_tickets = 0
-    # A peer that leaves without close_notify gets no error alert from OpenSSL 3, just an end:
-    # HTTP has lengths, so nothing can be cut off unnoticed. (Python 3.10+ with OpenSSL 3+.)
+    # A peer that leaves without close_notify is no error for OpenSSL 3, just the end of the
+    # connection: HTTP states lengths, so truncation is noticed. (Python 3.10+ with OpenSSL 3+.)
     context.options |= getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
     return context
 
@@ -86,15 +86,15 @@ def tls_context(certs: Path) -> ssl.SSLContext:
 # --- Who may use the server ----------------------------------------------------------------
 
 class Client(NamedTuple):
-    """Who the peer of a connection has proved to be, and for how long that holds."""
+    """Who the client has proved to be, and how long that counts."""
 
     name: str | None   # its common name
-    expires: float     # when its certificate does, in seconds since 1970
-    generation: int    # of the CA that has vouched for it
+    expires: float     # when its certificate expires, in seconds since 1970
+    generation: int    # of the ca.crt that it was verified with, see Certificates
 
 
 class TodoServer(EventLoopServer):
-    """Knows who may use it, and has what all connections share."""
+    """Decides who may use it, and holds what all connections share."""
 
     def __init__(self, address: tuple[str, int], certificates: Certificates, allowed_cns: list[str]) -> None:
         self.certificates = certificates
@@ -106,41 +106,41 @@ class TodoServer(EventLoopServer):
 
     def authenticated(self, connection: Connection) -> None:
         """The handshake is over: our CA has signed this client's certificate, and the client has the key."""
-        # It may have begun with certificates that have been replaced since.
+        # It may have begun with certificates that have since been replaced.
         current = connection.tls is not None and connection.tls.context is self.context
         connection.client = Client(*identity(connection), self.certificates.generation if current else -1)
 
     def is_authorized(self, connection: Connection) -> bool:
-        """Authorization: the handshake has proved who a client is, but our CA may have certified others, too."""
+        """Authorization: the handshake proved who the client is, but not all clients of our CA may use this server."""
         client: Client = connection.client
         return client.name in self.allowed_cns
 
     def has_expired(self, connection: Connection) -> bool:
-        """TLS looks at the dates in a full handshake only: not when it resumes a session, nor later on."""
+        """TLS checks the dates only in a full handshake: not when it resumes a session, and not later."""
         client: Client = connection.client
         return client.expires < time.time()
 
     def keeps_alive(self, connection: Connection) -> bool:
-        """A client must prove again who it is when its certificate has expired, or the CA is a new one."""
+        """A client must prove again who it is if its certificate has expired or the CA has changed."""
         same_ca = connection.client.generation == self.certificates.generation
         return same_ca and not self.has_expired(connection) and super().keeps_alive(connection)
 
     def service_actions(self) -> None:
-        """Once a second, take up new certificates, for the connections that come from then on."""
+        """Once a second, look for new certificates, and use them for new connections."""
         if time.monotonic() >= self.next_look:
             self.next_look = time.monotonic() + 1.0
             news = self.certificates.look()
             if news:
                 self.log.write(news)
-            # OpenSSL keeps each session with all certificates that the client has sent: 20,480 sessions, for two
-            # hours. Python cannot limit that, but a new context begins without any.
+            # OpenSSL keeps up to 20,480 sessions for two hours, each with all certificates that the client sent.
+            # Python cannot limit that, but a new context starts without any.
             if self.context.session_stats()["number"] > MAX_SESSIONS:
                 with contextlib.suppress(Unusable):
                     self.certificates.take_up()
             self.context = self.certificates.context
 
     def refused(self, client_address: Any, reason: Exception) -> None:
-        """Log who has not come through the handshake, and why."""
+        """Log whose handshake failed, and why."""
         self.log.write(f"REJECTED | peer={client_address[0]} | {in_words(reason)}")
 
     def finishing(self) -> None:
@@ -148,48 +148,48 @@ class TodoServer(EventLoopServer):
         say(f"Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once.")
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a defect of ours: whatever a peer does, it must not come to this."""
+        """Log a bug of ours: nothing that a peer does should lead here."""
         self.log.write(f"ERROR | {client_address!r} | {sys.exc_info()[1]!r}")
 
 
-seconds_since_1970 = functools.lru_cache(ssl.cert_time_to_seconds)   # it is slow, and few dates come often
+seconds_since_1970 = functools.lru_cache(ssl.cert_time_to_seconds)   # slow, and the same few dates recur
 
 
 def identity(connection: Connection) -> tuple[str | None, float]:
     """The CN in the client's certificate, and when that expires.
 
-    None unless there is exactly one: of two, readers take different ones.
+    The CN is None unless there is exactly one: if there are two, some programs read the first, some the last.
     """
     try:
         certificate = connection.getpeercert()
         names = [value for rdn in certificate["subject"] for key, value in rdn if key == "commonName"]
         return names[0] if len(names) == 1 else None, seconds_since_1970(certificate["notAfter"])
-    except (OSError, ValueError):   # verified, but its names are in no known form
+    except (OSError, ValueError):   # verified, but Python cannot decode its names
         return None, 0.0
 
 
 # --- What a request goes through -----------------------------------------------------------
 
 class TodoHandler(StrictHandler):
-    """The requests of one connection, which strict_http has read and found sound."""
+    """Handles the requests of one connection, which strict_http has parsed and found valid."""
 
     server: TodoServer
-    connection: Connection           # its client is who TodoServer has found it to be
-    outcome: tuple[str, ...] = ()    # lines for the log: what came of the request
+    connection: Connection           # its ``client`` is set by TodoServer.authenticated
+    outcome: tuple[str, ...] = ()    # log lines: the result of the request
 
     def judge(self) -> None:
-        """Judge a request before its body is read: who asks, for what, how. Raises Refusal."""
+        """Check a request before its body is read: who asks, for what, and how. Raises Refusal."""
         if not self.server.is_authorized(self.connection):
             raise self.unauthorized()
         if self.server.has_expired(self.connection):
             raise self.expired()
         if self.path != "/todo":
-            raise Refusal(HTTPStatus.NOT_FOUND, "path: only /todo is here")
+            raise Refusal(HTTPStatus.NOT_FOUND, "path: only /todo exists")
         if self.command in ("PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
             raise Refusal(HTTPStatus.METHOD_NOT_ALLOWED, "method: must be GET, HEAD or POST", Allow="GET, HEAD, POST")
         if self.command not in ("GET", "HEAD", "POST"):
             raise Refusal(HTTPStatus.NOT_IMPLEMENTED, "method: is unknown")
-        self.body_length()   # refuses what could hide a second request, also where no body is wanted
+        self.body_length()   # refuses what could hide a second request, even where no body is expected
         if self.command == "POST":
             # Any web page can make a browser that holds our PFX send a form, but not JSON.
             types = [value.partition(";")[0].strip().lower() for value in self.fields.get("content-type", [])]
@@ -214,7 +214,7 @@ class TodoHandler(StrictHandler):
         self.respond(HTTPStatus.CREATED, encode({"client": name, "message": "TODO item created", "todo": item}))
 
     def unauthorized(self) -> Refusal:
-        """The 403 for a client that is not on the list. The log says how to put it there."""
+        """The 403 for a client that is not on the list. The log says how to add it."""
         name = self.connection.client.name
         plain = re.compile(r"[\w.-]+")
         others = " ".join(one if plain.fullmatch(one) else repr(one) for one in self.server.allowed_cns)
@@ -228,7 +228,7 @@ class TodoHandler(StrictHandler):
         return Refusal(HTTPStatus.FORBIDDEN, "client certificate: has expired")
 
     def log_message(self, format: str, *args: object) -> None:   # noqa: A002   # http.server's name for it
-        """One REQUEST line, and what came of the request."""
+        """Log one REQUEST line, and the result of the request."""
         name = quoted(self.connection.client.name)
         request = f"REQUEST | peer={self.client_address[0]} | cert-CN={name} | {format % args}"
         self.server.log.write(request, *self.outcome)
@@ -236,7 +236,7 @@ class TodoHandler(StrictHandler):
 
 
 def checked_todo(item: dict[str, object]) -> tuple[str, bool]:
-    """Task and done of a POST's object. Raises Refusal that names the field and the rule."""
+    """The task and the done flag from a POST's JSON object. Raises Refusal, which names the field and the rule."""
     task, done = item.get("task"), item.get("done", False)
     if not isinstance(task, str) or not task.strip():
         raise Refusal(HTTPStatus.BAD_REQUEST, "task: must be a non-empty string")
@@ -256,8 +256,8 @@ class TodoStore:
 
     def __init__(self) -> None:
         self.number = 0
-        # The items as they stand in a listing. A new item replaces the last block only: listings that are still
-        # being sent share all others, however many clients are slow to take theirs.
+        # The items as they appear in a listing. A new item changes only the last block: listings that are still
+        # being sent share all others, however many clients are slow to read theirs.
         self.blocks = [b""]
         for task in ("Set up local CA", "Issue server certificate", "Issue client certificate",
                      "Configure mTLS server"):
@@ -278,27 +278,27 @@ class TodoStore:
         return item
 
     def listing(self, client: str | None) -> list[bytes]:
-        """The body of an answer to ``client``, in pieces: all but the first are the same for all clients."""
+        """The answer's body for ``client``, in pieces: all but the first are the same for all clients."""
         return [listing_head(client), *self.blocks, b"\n  ]\n}\n"]
 
 
 @functools.lru_cache
 def listing_head(client: str | None) -> bytes:
-    """What stands before the items in an answer to ``client``."""
+    """What precedes the items in an answer to ``client``."""
     return encode({"client": client}).removesuffix(b"\n}\n") + b',\n  "todos": [\n'
 
 
 # --- Settings ------------------------------------------------------------------------------
 
 def port_number(text: str) -> int:
-    """A TCP port as argparse's type; 0 stands for any free one."""
+    """Argparse's type for a TCP port; 0 means any free one."""
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
         raise argparse.ArgumentTypeError(f"{text!r} is no port (0 to 65535)")
     return int(text)
 
 
 def parse_arguments() -> argparse.Namespace:
-    """Flags, else variables, else defaults. Exits with 2 on what makes no sense."""
+    """Flags override variables, variables override defaults. Exits with 2 on invalid values."""
     parser = argparse.ArgumentParser(description="The lab's mutual TLS server: GET /todo and POST /todo.")
     parser.add_argument("--host", default=os.environ.get("MTLS_SERVER_HOST") or "127.0.0.1",
                         help="address to listen on (MTLS_SERVER_HOST; default 127.0.0.1)")
@@ -317,7 +317,7 @@ def parse_arguments() -> argparse.Namespace:
             parser.error(f"MTLS_SERVER_PORT: {error}")
     words = [word.removesuffix(",") for word in arguments.allow_cn or []]   # as in "one, two"
     where, names = "argument --allow-cn", ",".join(words).split(",")
-    if arguments.allow_cn is None:   # in the variable, spaces separate, too
+    if arguments.allow_cn is None:   # in the variable, spaces separate names, too
         where, names = "MTLS_ALLOWED_CNS", re.split(r"[\s,]+", os.environ.get("MTLS_ALLOWED_CNS") or "mtls-client")
     arguments.allow_cn = [name.strip(" ") for name in names]
     if not all(name.strip() for name in names):
@@ -328,13 +328,13 @@ def parse_arguments() -> argparse.Namespace:
 # --- Start and stop ------------------------------------------------------------------------
 
 def say(text: str) -> None:
-    """Print a line to stdout at once, if it still has a reader (``| head`` leaves early)."""
+    """Print a line to stdout at once, if it still has a reader (``| head`` exits early)."""
     with contextlib.suppress(OSError):
         print(f"[SERVER] {text}", flush=True)
 
 
 def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
-    """The server, ready to accept. Exits with one line that says what is wrong and what to do."""
+    """Create the server, ready to accept. On failure, exits with one line that says what is wrong and what to do."""
     try:
         certificates = Certificates(CERTS, tls_context)
     except Unusable as error:
@@ -345,10 +345,10 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
         return TodoServer((host, port), certificates, allowed_cns)
     except (OSError, UnicodeError) as error:
         problem = in_words(error)
-        advice = "choose an address of this machine with --host and a port you may use with --port"
+        advice = "use --host with an address of this machine, and --port with a port that you may use"
         code = getattr(error, "errno", None)
         if code == errno.EADDRINUSE:
-            problem = "address already in use"   # Windows has longer words for it
+            problem = "address already in use"   # Windows says it in more words
             other = "$env:MTLS_SERVER_PORT = 8444" if os.name == "nt" else "export MTLS_SERVER_PORT=8444"
             advice = f"stop the program that uses this port, or take another one, in both terminals: {other}"
         elif code == errno.EMFILE:
@@ -367,8 +367,8 @@ def main() -> None:
         if number == signal.SIGINT and number in signals:   # Ctrl+C again
             os._exit(1)
         if not signals:
-            with contextlib.suppress(RuntimeError):   # no more threads may be started
-                threading.Timer(STOP_SECONDS + 2, os._exit, [0]).start()   # if nobody reads what we print now
+            with contextlib.suppress(RuntimeError):   # the system gives no more threads
+                threading.Timer(STOP_SECONDS + 2, os._exit, [0]).start()   # in case nobody reads what we print
         signals.append(number)
         server.shutdown()
 
@@ -378,7 +378,7 @@ def main() -> None:
     port = server.server_address[1]
     say(f"mTLS server listening on https://{host}:{port}")
     say("Requiring client cert signed by: ca.crt")
-    if arguments.host in ("0.0.0.0", "::"):   # noqa: S104   # all addresses; the certificate is for these
+    if arguments.host in ("0.0.0.0", "::"):   # noqa: S104   # no client can connect to these
         say(f"On this machine, clients connect to: https://127.0.0.1:{port}")
     say("Press Ctrl+C to stop.")
     server.serve_forever()

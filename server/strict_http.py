@@ -1,19 +1,19 @@
-"""HTTP/1.1, read strictly and without I/O: bytes go in, a response or "more, please" comes out.
+"""HTTP/1.1, read strictly and without I/O: bytes go in, a response or a request for more comes out.
 
-Where two readers see different headers or a different end of a body, that body can become a
-second request (request smuggling, RFC 9112 section 11.2). So nothing is guessed here, and the
-e-mail parser of http.server, which lets lines without a colon and bare CRs pass, is not used.
+If two programs see different headers or a different end of a body, the body can be taken for a
+second request (request smuggling, RFC 9112 section 11.2). So this parser never guesses. It does not
+use the e-mail parser of http.server, which accepts lines without a colon and bare CRs.
 
-A `StrictHandler` has the requests of one connection, one after the other:
+A `StrictHandler` handles the requests of one connection, one after the other:
 
     receive(bytes)         add what has arrived
     handle_one_request()   answer the next request; False if it is not complete yet
-    break_off(...)         answer a request that will not become complete
-    wfile.take()           the bytes to send: after each of these calls, also after False
+    break_off(...)         answer a request that will never be complete
+    wfile.take()           the bytes to send: call it after each of the others, even after False
 
-It never waits and touches no socket, so its rules can be tested by calling it. A subclass judges a
-request by its head in `judge`, and answers it in ``do_GET`` and the like, with `respond` or by
-raising `Refusal`. Every answer is JSON.
+It never waits and touches no socket, so you can test its rules by calling it. A subclass checks a
+request's head in `judge`, and answers in ``do_GET`` and the like, with `respond` or by raising
+`Refusal`. Every answer is JSON.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from http import HTTPStatus
 from typing import Any, NoReturn
 
 MAX_LINE = 64 * 1024        # bytes of the request line, and of one header line
-MAX_HEAD = 2 * MAX_LINE     # bytes of all header lines together: 1,024 connections can have one at a time
+MAX_HEAD = 2 * MAX_LINE     # bytes of all header lines together: up to 1,024 connections can hold as many
 MAX_HEADERS = 100           # lines
-MAX_EMPTY_LINES = 8         # before a request: each costs time, and none is needed
+MAX_EMPTY_LINES = 8         # before a request: each costs time, and no client needs them
 MAX_DEPTH = 100             # levels of arrays and objects in a JSON body
 MAX_LOGGED = 200            # characters of a request line that are logged
 
@@ -55,7 +55,7 @@ class Refusal(Exception):
 
 
 class Response:
-    """A file to write a response to. It keeps the pieces as they are: a large body is not copied."""
+    """A file to write a response to. It keeps the pieces as they are, so a large body is not copied."""
 
     def __init__(self) -> None:
         self.pieces: list[bytes] = []
@@ -74,17 +74,17 @@ class Response:
 
 
 class StrictHandler(http.server.BaseHTTPRequestHandler):
-    """The requests of one connection. ``server`` says with ``keeps_alive(connection)`` whether it may go on."""
+    """Handles the requests of one connection. ``server.keeps_alive(connection)`` says whether it may stay open."""
 
     protocol_version = "HTTP/1.1"
     server: Any
     connection: Any
     wfile: Any                      # a Response
-    fields: dict[str, list[str]]    # the headers' values, by their names in lower case
+    fields: dict[str, list[str]]    # header values by lower-case name
     body: bytes                     # of the request, in do_POST
 
     def __init__(self, request: Any, client_address: Any, server: Any) -> None:
-        """As in socketserver, but there is nothing to handle yet: the requests come through `receive`."""
+        """As in socketserver, but without handling anything yet: requests arrive through `receive`."""
         self.request = self.connection = request
         self.client_address, self.server = client_address, server
         self.received = bytearray()
@@ -92,11 +92,11 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         self.begin()
 
     def begin(self) -> None:
-        """Expect a new request. (Whether one may come, ``close_connection`` still says.)"""
+        """Expect a new request. (``close_connection`` still says whether one may come.)"""
         self.requestline, self.command, self.request_version = "", "", "HTTP/1.1"
         self.fields = {}
         self.empty_lines = self.header_lines = self.header_bytes = 0
-        self.searched = 0               # bytes of `received` that hold no line end
+        self.searched = 0               # bytes of `received` known to hold no line end
         self.wanted: int | None = None  # bytes of the body, once the head is complete
 
     # --- Bytes in, a response out --------------------------------------------------------------
@@ -107,10 +107,10 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
 
     @property
     def has_begun(self) -> bool:
-        """Whether anything of a request is there; an empty line before it is not."""
+        """Whether any part of a request has arrived; an empty line before it does not count."""
         return bool(self.requestline) or bytes(self.received[:2]) not in (b"", b"\r")
 
-    def handle_one_request(self) -> bool:   # type: ignore[override]   # http.server's waits, so it returns nothing
+    def handle_one_request(self) -> bool:   # type: ignore[override]   # http.server's waits, and returns None
         """Answer the next request, if it is complete; False asks for more bytes."""
         try:
             if self.wanted is None:
@@ -128,7 +128,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def break_off(self, after: float | None = None) -> None:
-        """Answer a request that is not complete ``after`` so many seconds, or (None) when its connection ends."""
+        """Answer a request that is still incomplete ``after`` this many seconds, or (None) when the connection ends."""
         self.requestline = self.requestline or for_log(self.received)
         self.close_connection = True
         if after is None:
@@ -137,24 +137,24 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
             self.refuse(Refusal(HTTPStatus.REQUEST_TIMEOUT, f"request: must be complete within {after:.0f} s"))
 
     def judge(self) -> None:
-        """Judge a request by its head, before its body is read; call `accept_body` if it may have one.
+        """Check a request by its head, before its body is read; call `accept_body` if it may have one.
 
-        ``command``, ``path`` and ``fields`` are sound. Raises Refusal unless there is a ``do_`` method for it.
+        ``command``, ``path`` and ``fields`` are valid. Raises Refusal unless there is a ``do_`` method for it.
         """
         raise NotImplementedError
 
     # --- Reading -------------------------------------------------------------------------------
 
     def take(self, size: int) -> bytes:
-        """Remove so many bytes from what has been received, and return them."""
+        """Remove this many bytes from what has been received, and return them."""
         data = bytes(self.received[:size])
         del self.received[:size]
         self.searched = 0
         return data
 
     def take_line(self, limit: int) -> bytes | None:
-        """The next line with its end; None if its end is not there yet. A line over the limit comes without it."""
-        # Remember how far the search went: else a line that arrives byte by byte costs its length squared.
+        """The next line with its end; None if that has not arrived. A line over the limit comes without its end."""
+        # Remember how far we searched: otherwise, a line that arrives byte by byte costs quadratic time.
         end = self.received.find(b"\n", self.searched, limit)
         if end < 0 and len(self.received) < limit:
             self.searched = len(self.received)
@@ -162,10 +162,10 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         return self.take(end + 1 or limit)
 
     def parse_request(self) -> bool:
-        """Read the head as far as it is there; False if its end is not. Raises Refusal."""
-        self.close_connection = True   # unless the headers are sound and say otherwise
+        """Read as much of the head as has arrived; False if it is incomplete. Raises Refusal."""
+        self.close_connection = True   # unless the headers are valid and say otherwise
         while not self.requestline:
-            if self.received.startswith(b"\x16"):   # the first byte of a TLS record: no line end may ever come
+            if self.received.startswith(b"\x16"):   # the first byte of a TLS record: a line end may never come
                 self.requestline = for_log(self.received)
                 raise Refusal(HTTPStatus.BAD_REQUEST, "request: is TLS inside TLS")
             line = self.take_line(MAX_LINE + 1)
@@ -174,10 +174,10 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
             if line not in (b"\r\n", b"\n"):
                 self.read_request_line(line)
                 break
-            # An empty line before a request, which some clients send, is skipped (RFC 9112 section 2.2).
+            # Skip an empty line before a request: some clients send one (RFC 9112 section 2.2).
             self.empty_lines += 1
             if self.empty_lines > MAX_EMPTY_LINES:
-                raise Refusal(HTTPStatus.BAD_REQUEST, "request line: is missing after many empty lines")
+                raise Refusal(HTTPStatus.BAD_REQUEST, "request line: is missing after too many empty lines")
         while (line := self.take_line(MAX_LINE + 1)) not in (b"\r\n", b"\n"):
             if line is None:
                 return False
@@ -186,7 +186,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         return True
 
     def read_request_line(self, line: bytes) -> None:
-        """Take the request line apart. Raises Refusal."""
+        """Parse the request line. Raises Refusal."""
         self.requestline = for_log(line)
         if len(line) > MAX_LINE:
             raise Refusal(HTTPStatus.REQUEST_URI_TOO_LONG, "request line: is too long")
@@ -211,31 +211,31 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         self.fields.setdefault(match[1].decode().lower(), []).append(match[2].decode("latin-1").strip(" \t"))
 
     def check_headers(self) -> None:
-        """Check Host, and see whether the connection goes on after the answer. Raises Refusal."""
+        """Check Host, and decide whether the connection stays open after the answer. Raises Refusal."""
         hosts = self.fields.get("host", [])   # RFC 9112 section 3.2
         if len(hosts) > 1 or (not hosts and self.request_version == "HTTP/1.1"):
-            raise Refusal(HTTPStatus.BAD_REQUEST, "Host header: must be there once")
+            raise Refusal(HTTPStatus.BAD_REQUEST, "Host header: must be given exactly once")
         if hosts and not re.fullmatch(HOST, hosts[0], re.ASCII):
             raise Refusal(HTTPStatus.BAD_REQUEST, "Host header: must be a host and perhaps a port")
         options = {option.strip(" \t").lower() for option in ",".join(self.fields.get("connection", [])).split(",")}
         self.keep_alive = "close" not in options and (self.request_version == "HTTP/1.1" or "keep-alive" in options)
-        # Unless we read it, a body must not be taken for the next request: close after the answer.
+        # A body that we do not read must not be taken for the next request: close after the answer.
         has_body = "transfer-encoding" in self.fields or set(self.fields.get("content-length", ["0"])) != {"0"}
         self.close_connection = has_body or not self.keep_alive
 
     def body_length(self) -> int | None:
-        """The Content-Length, None without one. Raises Refusal if it leaves any doubt (RFC 9112 section 6.3)."""
+        """The Content-Length; None without one. Raises Refusal if it is ambiguous (RFC 9112 section 6.3)."""
         lengths = {one.strip(" \t") for line in self.fields.get("content-length", []) for one in line.split(",")}
         plain = all(one.isascii() and one.isdigit() for one in lengths)
         if len(lengths) > 1 or not plain or (lengths and "transfer-encoding" in self.fields):
             raise Refusal(HTTPStatus.BAD_REQUEST, "Content-Length: must be one plain number, without Transfer-Encoding")
         digits = lengths.pop() if lengths else None
-        # Python refuses to convert huge numbers.
+        # Python refuses to convert huge numbers, so any of these counts as the largest.
         return None if digits is None else int(digits) if len(digits) < 20 else sys.maxsize
 
     def accept_body(self, limit: int) -> None:
-        """Let the body be read, of so many bytes at most. Raises Refusal."""
-        self.close_connection = True   # some send one without a length, too
+        """Have the body read, if it has at most this many bytes. Raises Refusal."""
+        self.close_connection = True   # a client may send a body without a length
         length = self.body_length()
         if length is None:
             raise Refusal(HTTPStatus.LENGTH_REQUIRED, "Content-Length: must be given; chunked bodies are not taken")
@@ -244,14 +244,14 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         self.wanted = length
         self.close_connection = not self.keep_alive
         if self.fields.get("expect", [""])[0].lower() == "100-continue" and self.request_version == "HTTP/1.1":
-            self.send_response_only(HTTPStatus.CONTINUE)   # it waits for this before it sends the body
+            self.send_response_only(HTTPStatus.CONTINUE)   # the client waits for this before it sends the body
             self.end_headers()
 
     def json_object(self) -> dict[str, object]:
         """The body as a JSON object (RFC 8259). Raises Refusal."""
         try:
             text = self.body.decode()
-            if depth(text) > MAX_DEPTH:   # judged before: the parser's recursion could exhaust the stack
+            if depth(text) > MAX_DEPTH:   # checked first: the parser's recursion could exhaust the stack
                 raise Refusal(HTTPStatus.BAD_REQUEST, f"body: nested more than {MAX_DEPTH} levels deep")
             value = json.loads(text, parse_constant=not_json, object_pairs_hook=unambiguous)
         except UnicodeDecodeError:
@@ -265,7 +265,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
     # --- Answering -----------------------------------------------------------------------------
 
     def respond(self, status: HTTPStatus, *body: bytes, **headers: str) -> None:
-        """Write an answer. The body is JSON, in pieces; HEAD only measures it."""
+        """Write an answer. The body is JSON, in pieces; for HEAD, only its length counts."""
         self.close_connection |= not self.server.keeps_alive(self.connection)
         self.send_response(status)
         self.send_header("Content-Type", "application/json")
@@ -275,7 +275,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         if self.close_connection:
             self.send_header("Connection", "close")
         elif self.request_version == "HTTP/1.0":
-            self.send_header("Connection", "keep-alive")   # this old client asked for it, and waits to hear
+            self.send_header("Connection", "keep-alive")   # an HTTP/1.0 client that asked for it needs to be told
         self.end_headers()
         if self.command != "HEAD":
             self.wfile.pieces.extend(body)
@@ -294,16 +294,16 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
 
 
 def encode(value: object) -> bytes:
-    """JSON as all our bodies have it: indented, UTF-8 instead of escapes, a newline at the end.
+    """JSON as in all our bodies: indented, UTF-8 instead of escapes, a newline at the end.
 
-    But what would steer the terminal of someone who looks at it with curl stays escaped.
+    Characters that could control the terminal of someone who uses curl stay escaped.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False)
     return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
 
 
 def depth(text: str) -> int:
-    """How deep a JSON text is nested. What is in its strings does not count."""
+    """How deep a JSON text is nested. Brackets in strings do not count."""
     brackets = re.sub(r'"(?:[^"\\]|\\.)*"?|[^][{}"]+', "", text, flags=re.DOTALL)
     return max(itertools.accumulate(1 if bracket in "[{" else -1 for bracket in brackets), default=0)
 
@@ -316,14 +316,14 @@ def not_json(constant: str) -> NoReturn:
 def unambiguous(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Refuse an object that has a name twice: some programs take the first, some the last (RFC 8259 section 4)."""
     if len(dict(pairs)) < len(pairs):
-        raise ValueError("a name is there twice")
+        raise ValueError("a name occurs twice")
     return dict(pairs)
 
 
 def for_log(line: bytes | bytearray) -> str:
     """A request line as it is logged: cut off, and escaped so that it cannot pass for anything else.
 
-    Only two spaces stay: more could move what follows to where a line of the log begins.
+    Only two spaces stay: with more, a terminal could wrap the rest so that it looks like a line of its own.
     """
     text = line[:MAX_LOGGED + 2].decode("latin-1").rstrip("\r\n")
     text = text.encode("unicode_escape").decode().replace('"', r"\x22")

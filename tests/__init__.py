@@ -1,11 +1,11 @@
 """The lab's tests: ``python3 -m unittest discover -s tests -t .``
 
-Most of a test's time is waiting, so the test classes run side by side, in threads of this one
-process; the tests of one class run one after the other. The report of a test is kept until the
-test ends, and then passed on as a whole, so that the output reads as usual.
+Tests spend most of their time waiting, so the test classes run side by side, in threads of this one
+process; the tests of one class run one after the other. A test's report is held until the test
+ends, and then passed on as a whole, so that the output looks as usual.
 
-unittest calls `load_tests` of a package or module if there is one. A test module whose classes run
-side by side even if it is run alone says: ``from tests import side_by_side as load_tests``.
+unittest calls `load_tests` of a package or module if it exists. If a test module's classes should
+run side by side even when it runs alone, it has: ``from tests import side_by_side as load_tests``.
 """
 
 import os
@@ -18,17 +18,17 @@ from pathlib import Path
 from typing import Any
 
 refusal = ""
-if sys.version_info < (3, 10):   # noqa: UP036   # this file must be readable for old ones: no "from __future__"
+if sys.version_info < (3, 10):   # noqa: UP036   # old versions must be able to parse this file
     refusal = (f"The lab needs Python 3.10 or newer, and this is {sys.version.split()[0]}. On a Mac, Apple's python3 "
                "is too old: install one from python.org or with Homebrew.")
-elif sys.platform == "win32" and sys.argv[0].endswith("unittest"):   # tests.mistakes does run there
+elif sys.platform == "win32" and sys.argv[0].endswith("unittest"):   # tests.mistakes does run on Windows
     refusal = "The tests need a Unix system. On Windows, run them in WSL."
 if refusal:
     print(refusal, file=sys.stderr, flush=True)
     os._exit(1)   # unittest would turn sys.exit() into a failed test
 
 AT_ONCE = 6
-"""Classes that run side by side. More of them would only wait for a processor."""
+"""How many classes run side by side. More would only wait for a processor."""
 
 
 def load_tests(loader: unittest.TestLoader, _: unittest.TestSuite, pattern: str) -> unittest.TestSuite:
@@ -41,7 +41,7 @@ def side_by_side(_: unittest.TestLoader, tests: unittest.TestSuite, *__: object)
     classes: dict[type, list[unittest.TestCase]] = {}
     for test in each(tests):
         classes.setdefault(type(test), []).append(test)
-    # The slowest first, by their own estimate, so that none of them runs alone at the end.
+    # The slowest first, by their own estimate, so that no slow one runs alone at the end.
     ordered = sorted(classes, key=lambda kind: -getattr(kind, "seconds", 0))
     return SideBySide(unittest.TestSuite(classes[kind]) for kind in ordered)
 
@@ -68,7 +68,7 @@ class SideBySide(unittest.TestSuite):
                 for one in running:
                     one.result()
             except KeyboardInterrupt:
-                result.stop()   # the tests that run now are the last
+                result.stop()   # start no more tests
                 raise
         return result
 
@@ -85,7 +85,7 @@ class Record(unittest.TestResult):
             setattr(self, name, lambda *arguments, name=name: self.keep(name, *arguments))
 
     def keep(self, name: str, *arguments: Any) -> None:
-        """Keep it. At the end of a test, or if something fails outside of one (in setUpClass), pass all on."""
+        """Keep it. At the end of a test, or on a failure outside of a test (in setUpClass), pass everything on."""
         self.kept.append((name, arguments))
         if name == "stopTest" or self.kept[0][0] != "startTest":
             with self.turn:

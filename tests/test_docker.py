@@ -1,4 +1,4 @@
-"""The container image: what the Dockerfile may contain, and, if there is an engine, the image in use."""
+"""The container image: what the Dockerfile contains, and, if there is a container engine, the image in use."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TestDockerfile(unittest.TestCase):
     """What can be checked without an engine."""
 
     def test_what_is_copied(self) -> None:
-        """Single files, the key readable for the server's user only; .dockerignore admits exactly these."""
+        """Single files, the key readable only by the server's user; .dockerignore admits exactly these files."""
         files = [rest.split()[-1] for rest in values("COPY")]
         options = {"certs/server.key": f"--chown={values('USER')[0]} --chmod=0400"}
         self.assertEqual(values("COPY"), [f"{options.get(name, '--chmod=0444')} {name} {name}" for name in files])
@@ -41,7 +41,7 @@ class TestDockerfile(unittest.TestCase):
         self.assertEqual([rule for rule in rules if rule[:1] not in ("", "#")], ["*", *(f"!{name}" for name in files)])
 
     def test_it_is_enough(self) -> None:
-        """These files are all that the server needs."""
+        """The server needs no other files."""
         image = Lab("image")
         shutil.rmtree(image.root)
         for rest in values("COPY"):
@@ -123,7 +123,7 @@ class TestImage(unittest.TestCase):
                     self.assertIn(line, log)
 
     def test_certificates_mounted(self) -> None:
-        """Newer certificates can be mounted over those in the image, if the user in the container owns them."""
+        """New certificates can be mounted over those in the image, if the user in the container owns them."""
         renewed = Lab("renewed")
         renewed.generate(PREPARED_SET="renewed")
         user = (renewed.certs / "server.key").stat()
@@ -137,5 +137,5 @@ class TestImage(unittest.TestCase):
         """A build without certificates fails, and docker's output says what to run first."""
         result = self.build(Lab("no certificates"), self.tag + "-none", check=False)
         self.assertNotEqual(result.returncode, 0)
-        if engine() == "docker":   # podman does not show the lines around the one that failed
+        if engine() == "docker":   # podman does not show the lines around the failed one
             self.assertIn("bash certs/gen_certs.sh", result.stdout)

@@ -1,9 +1,9 @@
 """The pages, executed: every command is run in a fresh copy of the project, every output compared.
 
-A ``bash`` block is run under a terminal of its own; a ``text`` block after it is what it must print,
-with ``...`` for what varies; a ``text server`` block is what the server's terminal shows since the last
-one. The blocks below a heading share a copy, and a server, if one must run before they can do their
-work. A block is left out only if the line before it says why.
+Each ``bash`` block runs in a terminal of its own; a ``text`` block after it is what it must print,
+with ``...`` for what varies; a ``text server`` block is what the server's terminal has shown since the
+last one. The blocks below a heading share a copy, and a server if they need one. A block is skipped
+only if the line before it says why.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from tests.support import PATIENCE, ROOT, Lab, Server, Terminal, environment, fr
 
 LIMITS = {"README.md": 520, "certs/README.md": 260, "server/README.md": 320, "client/README.md": 330,
           "tests/README.md": 200}
-"""The pages, and how many lines each may have: they are read in one sitting."""
+"""The pages, and the most lines that each may have: they should be readable in one sitting."""
 PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in LIMITS}
 ALL = "\n".join(PAGES.values())
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
 NOT_RUN = {"it is the test command itself": 2, "it is the benchmark": 1, "it needs the linters": 1,
            "it needs Docker": 3, "it needs Windows": 1,
            "it needs a browser": 0, "it needs other people's programs": 0}   # these are tables
-"""The reasons for which a block may be left out, and how many are."""
+"""The reasons for which a block may be skipped, and how many blocks have each."""
 HANDSHAKES = (("The handshake in TLS 1.2", "client/README.md"), ("The handshake in TLS 1.3", "README.md"))
 DRAWINGS = (("Folder Structure", "README.md"), ("How it is built", "server/README.md"), *HANDSHAKES)
 """The sections that begin with a drawing: a ``text`` block that no command prints."""
@@ -44,7 +44,7 @@ DRAWINGS = (("Folder Structure", "README.md"), ("How it is built", "server/READM
 
 @dataclass
 class Block:
-    """A fenced block: its language, what is in it, where it is, and the line before it."""
+    """A fenced block: its language, its content, where it is, and the line before it."""
 
     language: str
     content: str
@@ -53,24 +53,24 @@ class Block:
 
     @property
     def reason(self) -> str | None:
-        """The reason why it is not run, if any."""
+        """Why it is not run; None if it is."""
         return mark[1] if (mark := SKIP_MARK.fullmatch(self.introduction)) else None
 
     @property
     def starts_server(self) -> bool:
-        """Whether it ends with a server that goes on running."""
+        """Whether it ends with a server that keeps running."""
         return "server/server.py" in self.content.splitlines()[-1] or "serve_forever()" in self.content
 
     @property
     def needs_server(self) -> bool:
-        """Whether it asks a server, or is what a server shows."""
+        """Whether it connects to a server, or is what a server prints."""
         asks = self.language == "bash" and re.search("127.0.0.1:8443|client/client", self.content)
         return bool(asks) or self.language == "text server"
 
 
 @dataclass
 class Section:
-    """What stands below one heading, up to the next. ``chapter`` is the heading of level 2 above it."""
+    """The text from one heading to the next. ``chapter`` is the level-2 heading above it."""
 
     page: str
     title: str
@@ -86,7 +86,7 @@ class Section:
 
 @once
 def sections() -> list[Section]:
-    """The pages, taken apart."""
+    """The pages, parsed."""
     found: list[Section] = []
     for page, whole in PAGES.items():
         for part in re.finditer(r"^(##+) (.+)\n([\s\S]*?)(?=^##|\Z)", whole, re.MULTILINE):
@@ -109,7 +109,7 @@ def blocks(language: str) -> list[Block]:
 
 
 def table(text: str) -> list[list[str]]:
-    """The rows of the tables in a text, without their heads, each a list of its cells."""
+    """The rows of the tables in a text, without the header rows, each as a list of cells."""
     rows = re.findall(r"^\|.*\|$(?!\n\|---)", text, re.MULTILINE)
     return [[cell.strip() for cell in re.split(r"(?<!\\)\|", row[1:-1])] for row in rows if not row.startswith("|---")]
 
@@ -189,18 +189,18 @@ class Scene:
 
 
 class CommandsTest(unittest.TestCase):
-    """What the pages say is what happens."""
+    """What the pages say happens, happens."""
 
     seconds = 10
     maxDiff = None
 
     def assert_shown(self, block: Block, got: str, scene: Scene) -> None:
-        """The output block, with its ``...``, fits what was shown."""
+        """The output block, with its ``...``, matches what was shown."""
         self.assertTrue(block.content.replace("...", "").strip(), f"{block.place}: a block of ... says nothing")
         want = in_words_of_this_openssl(block.content)
         for usual, port in scene.ports.items():
             got = got.replace(port, usual)
-        # Of s_client -msg: LibreSSL puts no comma there; OpenSSL 3.2 and newer may compress the certificate (RFC 8879).
+        # In s_client -msg, LibreSSL puts no comma there; OpenSSL 3.2 and newer may compress the certificate (RFC 8879).
         got = re.sub(r"(TLS 1\.\d),? Handshake \[", r"\1, Handshake [", got).replace("CompressedC", "C")
         if not doctest.OutputChecker().check_output(want, got, doctest.ELLIPSIS):
             self.fail(f"{block.place} shows\n{want}\nbut what appears is\n{got}")
@@ -215,7 +215,7 @@ class CommandsTest(unittest.TestCase):
                 self.assertFalse(problem, problem)
 
     def play(self, of: Section) -> str:
-        """Run one section in a copy of its own, block by block; returns what is wrong, if anything is."""
+        """Run one section in a copy of its own, block by block; returns what is wrong, or an empty string."""
         makes_ca = re.match(r"bash certs/gen_certs\.sh\n|openssl genrsa", of.commands[0].content)
         some = [block for block in of.blocks if not block.reason]
         alone = itertools.takewhile(lambda block: not block.starts_server, some)
@@ -238,7 +238,7 @@ class CommandsTest(unittest.TestCase):
         return ""
 
     def test_drawings(self) -> None:
-        """The drawn handshakes have the messages that openssl sees, in their order and direction."""
+        """The drawn handshakes have the messages that openssl shows, in the same order and direction."""
         certs = made().certs
         files = ("-CAfile", certs / "ca.crt", "-cert", certs / "client.crt", "-key", certs / "client.key",
                  "-groups", "P-256")   # which every server has, so neither side says hello twice
@@ -255,12 +255,12 @@ class CommandsTest(unittest.TestCase):
 
 
 class PageTest(unittest.TestCase):
-    """What the pages say is what there is."""
+    """What the pages describe exists."""
 
     maxDiff = None
 
     def test_blocks(self) -> None:
-        """None escapes the tests: each output follows its command, introduced, and what cannot be run says why."""
+        """No block escapes the tests: each output follows its command and an introduction; a skipped one says why."""
         every = [block for one in sections() for block in one.blocks]
         self.assertEqual(len(re.findall(r"^\s*```", ALL, re.MULTILINE)), 2 * len(every), "indented?")
         self.assertEqual({block.language for block in every},
@@ -272,7 +272,7 @@ class PageTest(unittest.TestCase):
                 if block.language == "text" and not (before and before.language == "bash" and not before.reason):
                     self.assertIn((one.title, one.page), DRAWINGS, block.place)
                     self.assertLessEqual(max(map(len, block.content.splitlines())), 80, f"{block.place} is wide")
-                elif block.language.startswith("text"):   # rendered, it looks like a command
+                elif block.language.startswith("text"):   # when rendered, it looks like a command
                     self.assertRegex(block.introduction, ":$", block.place)
 
     def test_excerpts(self) -> None:
@@ -290,7 +290,7 @@ class PageTest(unittest.TestCase):
         self.assertEqual([block.content for block in blocks("ini")], ["\n".join(parts)])
 
     def test_folder_tree(self) -> None:
-        """The tree shows the files that there are once the script has run, the page of the tests their files."""
+        """The tree shows the files that exist after the script has run; the tests' page names all test files."""
         _, tree = section("Folder Structure").blocks[0].content.split("\n", 1)
         entries = re.findall(r"^([│ ]*)[├└]── ([^ \n]+)(?: .*)?$", tree, re.MULTILINE)
         self.assertEqual(len(entries), tree.count("\n"), "lines that are no entries")
@@ -306,7 +306,7 @@ class PageTest(unittest.TestCase):
                          {path.stem for path in (ROOT / "tests").glob("test_*.py")})
 
     def test_settings_tables(self) -> None:
-        """The settings in the tables are those of --help, each with its variable and default."""
+        """The tables have the same settings as --help, each with its variable and default."""
         for script in ("server/server.py", "client/client.py"):
             with self.subTest(script=script):
                 text = section("Settings", f"{Path(script).parent}/README.md").text
@@ -320,7 +320,7 @@ class PageTest(unittest.TestCase):
                     self.assertIn(f"default {default}" if default else "", entries[name.split()[0]])
 
     def test_claims(self) -> None:
-        """Limits and deadlines are those that other tests prove; Docker's commands are those of the description."""
+        """Limits and deadlines are those that other tests check; the Docker commands are as specified."""
         for claim in (
                 "5 s for a handshake, 10 s for a request, 10 s to take the response, 15 s without a request",
                 "**At most 1,024 clients are served.**", "There may be 512 of them", "get 32 places at most",
@@ -348,7 +348,7 @@ class PageTest(unittest.TestCase):
                          [(file, file) for file in ["server", *files]])
 
     def test_links(self) -> None:
-        """Every link leads to a heading or a file; the words that choose experiments choose some."""
+        """Every link leads to a heading or a file; words that select experiments select at least one."""
         anchors: dict[Path, set[str]] = {(ROOT / page): set() for page in PAGES}
         for one in sections():
             anchors[ROOT / one.page].add(re.sub(r"[^\w\- ]", "", one.title.lower()).replace(" ", "-"))
@@ -363,7 +363,7 @@ class PageTest(unittest.TestCase):
             self.assertTrue(mistakes.chosen(words.split()), words)
 
     def test_sections(self) -> None:
-        """Sections have the names and the order that the lab's users know; the quick start is on the first screen."""
+        """The chapters have the specified names and order; the quick start is on the first screen."""
         chapters = list(dict.fromkeys(one.chapter for one in sections() if one.page == "README.md"))
         known = ["Prerequisites", "Folder Structure", "Certificate Creation", "Server Setup", "Client Setup",
                  "Testing Scenarios", "Security Explanation"]
@@ -371,7 +371,7 @@ class PageTest(unittest.TestCase):
         self.assertLess(PAGES["README.md"].partition("## Quick start")[0].count("\n"), 20)
 
     def test_sizes(self) -> None:
-        """A page is read in one sitting; the experiments are in groups, whose tables fit into a code host's page."""
+        """No page is too long; the experiments are in groups, and their tables fit the width of a code host's page."""
         self.assertEqual([page for page, text in PAGES.items() if text.count("\n") > LIMITS[page]], [])
         groups = [one.title.lower() for one in sections() if one.chapter == "The experiments"]
         self.assertEqual(groups[1:], list(dict.fromkeys(one.group.lower() for one in mistakes.EXPERIMENTS)))

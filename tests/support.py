@@ -231,14 +231,15 @@ class Lab:
                               env=environment(env), stdin=subprocess.DEVNULL, capture_output=True, check=False,
                               encoding="utf-8", errors="backslashreplace", timeout=PATIENCE * 2)
 
-    def context(self, certificate: str | None = "client", **settings: Any) -> ssl.SSLContext:
-        """A client's context: trusts the lab's CA, presents ``certificate`` (None: none)."""
+    def context(self, certificate: str | None = "client", of: Lab | None = None, **settings: Any) -> ssl.SSLContext:
+        """A client's context: trusts the lab's CA, presents its or another's ``certificate`` (None: none)."""
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         # Some Pythons (Debian's 3.11) set this, and then an end without close_notify looks like one with it.
         context.options &= ~getattr(ssl, "OP_IGNORE_UNEXPECTED_EOF", 0)
         context.load_verify_locations(self.certs / "ca.crt")
         if certificate is not None:
-            context.load_cert_chain(self.certs / f"{certificate}.crt", self.certs / f"{certificate}.key")
+            path = (of or self).certs / certificate
+            context.load_cert_chain(f"{path}.crt", f"{path}.key")
         for name, value in settings.items():
             setattr(context, name, value)
         return context

@@ -32,13 +32,6 @@ def of(name: str, source: Lab | None = None) -> bytes:
     return ((source or lab()).certs / name).read_bytes()
 
 
-def context_of(source: Lab, client_of: Lab, version: ssl.TLSVersion = ssl.TLSVersion.TLSv1_3) -> ssl.SSLContext:
-    """A client that trusts the CA of one lab and has a certificate of another."""
-    context = source.context(None, maximum_version=version)
-    context.load_cert_chain(client_of.certs / "client.crt", client_of.certs / "client.key")
-    return context
-
-
 def failure(server: ssl.SSLContext, client: ssl.SSLContext, name: str = "localhost", then: bytes | None = None) -> str:
     """Why a handshake in memory fails, in the server's words; "" if it does not.
 
@@ -72,7 +65,7 @@ class TestWords(unittest.TestCase):
         ours, wrong_job, expired = (tls_context(copy.certs) for _ in range(3))
         for context, name in (wrong_job, "client"), (expired, "expired"):
             context.load_cert_chain(copy.certs / f"{name}.crt", copy.certs / f"{name}.key")
-        old = context_of(copy, copy, ssl.TLSVersion.TLSv1_2)
+        old = copy.context(maximum_version=ssl.TLSVersion.TLSv1_2)
 
         def alert(code: int) -> str:
             return failure(ours, old, then=b"\x15\x03\x03\0\2\2" + bytes([code]))
@@ -90,7 +83,7 @@ class TestWords(unittest.TestCase):
                 (failure(ours, copy.context(None)), "^peer did not return a certificate$"),
                 (failure(ours, copy.context("expired")), by_us + "certificate has expired$"),
                 (failure(ours, copy.context("server")), by_us + ".* purpose; it is not for a client"),
-                (failure(ours, context_of(copy, other_lab())), by_us + ".*; no CA in ca.crt has signed it$"),
+                (failure(ours, copy.context(of=other_lab())), by_us + ".*; no CA in ca.crt has signed it$"),
                 (in_words(OSError("a\nb\x1b[31m" + "x" * 500)), r"^a\?b\?\[31mx*$")):
             with self.subTest(words):
                 self.assertRegex(said, words)
@@ -244,7 +237,8 @@ class TestLook(unittest.TestCase):
                 self.assertEqual(certificates.found.issuer, of("ca.crt", server_of), "what is sent with server.crt")
                 for version in ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3:
                     for client_of in order:
-                        self.assertEqual(failure(certificates.context, context_of(server_of, client_of, version)), "")
+                        client = server_of.context(of=client_of, maximum_version=version)
+                        self.assertEqual(failure(certificates.context, client), "")
 
     def test_many_changes_cost_nothing(self) -> None:
         """No descriptor and no memory is lost by them. (In a process of its own: here, others run meanwhile.)"""
@@ -300,7 +294,7 @@ class TestRunningServer(ServerCase):
             self.assertEqual(kept.ask("GET", "/todo").status, 200)
             self.assert_ends_well(kept)
             with (self.assertRaisesRegex(ssl.SSLError, "(?i)unknown.ca|decrypt.error"),
-                  Talk(server.connect(context=context_of(copy, lab()))) as talk):
+                  Talk(server.connect(context=copy.context(of=lab()))) as talk):
                 talk.ask("GET", "/todo")
             self.assertRaises(ssl.SSLCertVerificationError, server.connect, context=context)
             server.stderr.wait_for("the client refused our certificate (alert ")

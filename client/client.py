@@ -137,7 +137,7 @@ def main() -> None:
     """POST, then GET, and print each step."""
     for stream in (sys.stdout, sys.stderr):
         if stream:   # not closed
-            stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # for terminals that cannot show ñ
+            stream.reconfigure(errors="backslashreplace")   # type: ignore[union-attr]  # where ñ cannot be shown
     arguments = parse_arguments()
     try:
         context = tls_context(arguments.cert, arguments.key, arguments.cacert)

@@ -72,7 +72,7 @@ NO_ANSWER = {
     "other": "no HTTP answer from {url}: {words}; is it our server, and is it still running?",
 }
 NOT_TLS = ("WRONG_VERSION_NUMBER", "PACKET_LENGTH_TOO_LONG", "RECORD_LAYER_FAILURE", "UNKNOWN_PROTOCOL")
-FILES = {   # What is in a file, instead of what should be
+FILES = {   # What a file holds, instead of what it should hold
     "nothing": "is empty; {make}",
     "damaged": "is damaged; {make}",
     "other": "holds no {wanted}; {make}",

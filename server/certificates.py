@@ -34,7 +34,7 @@ class Found(NamedTuple):
 
 
 class Certificates:
-    """The context for new connections, made anew when ca.crt, server.crt or server.key changes.
+    """The context for new connections, replaced when ca.crt, server.crt or server.key changes.
 
     ``make_context`` takes the folder and returns a server's context with its files loaded. Raises
     Unusable if they cannot be used. ``generation`` grows with each change of ca.crt: a connection

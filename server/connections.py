@@ -111,7 +111,7 @@ class Connection(asyncio.BufferedProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """The peer has reset the connection, or we have closed it."""
         self.error = self.error or exc or ConnectionAbortedError("closed")
-        if self.life is None:   # nothing has ever arrived
+        if self.life is None:   # it never sent a byte
             self.server.refused(self.address, self.error)
         self.server.forget(self)
         self.wake()

@@ -6,7 +6,7 @@ a request. What happens within a connection is in connections.py.
 
 Every connection is in one of four groups. Each group is limited, and when it is full, one is dropped:
 
-    opening         no whole ClientHello yet: the oldest
+    opening         no complete ClientHello yet: the oldest
     pending         in the handshake, or lingering: the oldest
     clients         served: the one that has been idle longest, never one that has begun a request
     unauthorized    served, but only with refusals: the oldest, whatever it is doing

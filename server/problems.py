@@ -93,9 +93,9 @@ def cure(file: Path) -> str:
     if not has("ca.crt") or not has("ca.key"):
         return "copy it from where the CA is"
     renew = "bash certs/gen_certs.sh renew" + (" server" if has("client.crt") else "")   # else it makes that, too
-    if file.name == "server.key" and has("server.key"):   # renew keeps a key that is there
+    if file.name == "server.key" and has("server.key"):   # renew keeps an existing key
         return f"make another: mv certs/server.key certs/server.old.key && {renew}"
-    return f"make it anew with the CA that is there: {renew}"
+    return f"make a new one with the existing CA: {renew}"
 
 
 def permit(file: Path) -> str:

@@ -322,7 +322,7 @@ class PageTest(unittest.TestCase):
     def test_claims(self) -> None:
         """Limits and deadlines are those that other tests check; the Docker commands are as specified."""
         for claim in (
-                "5 s for a handshake, 10 s for a request, 10 s to take the response, 15 s without a request",
+                "5 s for a handshake, 10 s for a request, 10 s to read the response, 15 s without a request",
                 "**At most 1,024 clients are served.**", "There may be 512 of them", "get 32 places at most",
                 "None may send more than 64 KB", "a non-empty string of at most 1,000 characters", "more than 64 KiB",
                 "| 408 | The request was not complete within 10 s |", "nested more than 100 levels deep",

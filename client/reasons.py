@@ -53,8 +53,7 @@ REFUSED = {   # The server refuses our certificate, by its alert (RFC 8446 secti
     "unsupported certificate": "{cert} is not for clients; use: --cert certs/client.crt --key certs/client.key",
     "certificate revoked": "{cert} has been revoked; ask whoever runs the server for another one",
     "certificate required": "it did not receive {cert}; see the server's log",
-    "handshake failure": "it has no cipher suite in common with us, or wants a certificate other than {cert}; "
-                         "see the server's log",
+    "handshake failure": "no cipher suite in common, or it wants a certificate other than {cert}; see the server's log",
     "protocol version": "it speaks neither TLS 1.2 nor 1.3; is it our server?",
     "other": "see the server's log; is it our server?",
 }
@@ -63,8 +62,7 @@ NO_ANSWER = {
                f"if it runs on another port, name that: {EXPORT} (or --url)",
     "no port": "no server at {url}: nothing listens on port 443, the default; "
                "add the server's port: --url https://{host}:8443/todo",
-    "silent": f"no answer from {{url}} within {SILENCE:.0f} s; "
-              "is port {port} our server's, and is the server still running?",
+    "silent": f"no answer from {{url}} within {SILENCE:.0f} s; is our server on port {{port}}, and still running?",
     "unknown host": "the host name {host} cannot be resolved ({words}); correct it, or, "
                     "for a server on this machine: --url https://127.0.0.1:8443/todo",
     "no TLS": "what listens on port {port} does not speak TLS ({words}); is that our server's port?",
@@ -286,10 +284,8 @@ def authorities(file: Path) -> int | None:
 
 def shown(path: Path) -> str:
     """A path as short as it can be: the lab's own files have relative ones in the project's folder."""
-    try:
-        return f"certs/{path.name}" if in_certs(path) and CERTS.samefile("certs") else str(path)
-    except OSError:   # there is no "certs" here
-        return str(path)
+    short = Path("certs", path.name)
+    return str(short if in_certs(path) and there(short.parent) and in_certs(short) else path)
 
 
 def quoted(path: Path) -> str:

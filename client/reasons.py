@@ -79,7 +79,7 @@ FILES = {   # What a file holds, instead of what it should hold
     "request": "holds a certificate request (CSR); use the {wanted}: {option} {right}",
     "encrypted private key": "has a password; ask whoever made it for one without, or make a copy without: "
                              f"({PRIVATELY}openssl pkey -in {{file}} -out {{plain}})",
-    "PFX": "is a PFX, not PEM; convert it and use the result for both --cert and --key: "
+    "PFX": "is a PFX, not PEM; convert it and use that as --cert and --key: "
            f"({PRIVATELY}openssl pkcs12 -in {{file}} -clcerts -nodes -out {{pem}})",
     "--cacert PFX": "is a PFX; use the CA's certificate: --cacert certs/ca.crt",
     "DER": "is in DER form, not PEM; convert it and use the result: "

@@ -287,7 +287,7 @@ class TestStart(ClientCase):
                 ("--cert certs/mallory.crt --key certs/mall.key", "did you mean --key certs/mallory.key"))),
             *(Case(program, words, code, (option, file)) for program, code, option in (
                 (CLIENT, 1, "--cert"), (CLIENT, 1, "--key"), (CLIENT, 1, "--cacert"), (NEGATIVE, 2, "--cacert"))
-              for file, words in (("/no/such", r"\(No such .*; is this the right path"), ("/dev/null", "is empty; is"))),
+              for file, words in (("/no/such", r"\(No such .*; is this the right"), ("/dev/null", "is empty; is"))),
             Case(CLIENT, "Is a directory.*right path", arguments=("--cert", str(support.scratch()))),
             Case(CLIENT, f"locked.*{secret}", 1, ("--cacert=ca.crt", "--cert=ca.crt", "--key=locked.key"), {}, leave),
             Case(NEGATIVE, f"locked.key .*{public}", 2, ("--cacert", "locked.key"), before=leave),

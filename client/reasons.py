@@ -104,7 +104,7 @@ MAKE = {   # How to get a new file: {make} above
     "certificate": "make a new certificate: {command}",
 }
 OF_ITS_CA = f"make one of its CA: {NEW_CA} client NAME"
-FORBIDDEN = "; to admit it, add {name} to the names after the server's --allow-cn; its log shows the whole option"
+FORBIDDEN = "; to admit it, add {name} to the names after the server's --allow-cn (see its log)"
 
 
 # --- What happened -------------------------------------------------------------------------

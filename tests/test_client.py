@@ -455,7 +455,7 @@ class TestNextSteps(ClientCase):
         mallory = tuple(word.replace("certs", str(lab().certs)) for word in MALLORY.split())
         refused = (rf"no server at .*:{port}/todo; start it there: python3 server/server.py --port {port}; "
                    r"if it runs on another port, name that: export MTLS_SERVER_PORT=PORT \(or --url\)$")
-        to_admit = "not in the allowed list; to admit it, add mallory to the names after the server's --allow-cn; "
+        to_admit = "not in the allowed list; to admit it, add mallory to the names after the server's --allow-cn .see its log.$"
         with Server(lab()) as server:
             self.check([
                 Case(CLIENT, refused, env={"MTLS_SERVER_PORT": port}),
@@ -492,7 +492,7 @@ class TestOtherServers(ClientCase):
             for certificate, words in (
                 (other / "server", another), (other / "chain", another), (other / "ca", another),
                 (certs / "expired", "certificate has expired; renew it where the server runs"),
-                (certs / "early", "certificate is not yet valid; set this machine's clock; .* renew server$"),
+                (certs / "early", "certificate is not yet valid.*; set this machine's clock; .* renew server$"),
                 (certs / "client", "unsuitable certificate purpose; it is not for servers"),
                 (certs / "elsewhere", "IP address" + names.format("IP.2 = 127.0.0.1")),
                 (certs / "no-san", "Hostname" + names.format("DNS.2 = localhost")))])

@@ -9,7 +9,7 @@ case ${BASH_VERSION:-} in '') echo 'gen_certs.sh: needs bash; run it with: bash 
 # Restart with -p, so that nothing inherited (SHELLOPTS, BASH_ENV, exported functions) changes
 # what the commands below mean. To watch them: bash -xp certs/gen_certs.sh
 # (POSIXLY_CORRECT makes exec and unset immune to inherited functions, too.)
-case $- in *p*) ;; *) POSIXLY_CORRECT=1; unset CDPATH GLOBIGNORE; exec "$BASH" -p "$0" "$@" ;; esac
+case $- in *p*) ;; *) POSIXLY_CORRECT=1; unset CDPATH; exec "$BASH" -p "$0" "$@" ;; esac
 unset POSIXLY_CORRECT
 set -euo pipefail +o posix   # posix mode is on where sh is bash, as on macOS
 umask 077   # keys are private from the moment they exist; LibreSSL makes them readable by all
@@ -60,6 +60,7 @@ case $#:${1:-} in
 esac
 leaves=(${server:+server} ${client:+"$client"})
 steps=$((${#leaves[@]} + (${#client} > 0)))
+[ "$command" != set ] || steps=6
 
 # In Git Bash, python3 is the alias of Microsoft's Store, and openssl cannot ask on its terminal.
 python=python3 can_ask=no
@@ -90,7 +91,6 @@ esac
 
 # The kernel holds this lock for as long as this process lives: a killed run cannot leave it
 # behind, and two runs can never both have it. macOS and Git Bash have no flock, but perl.
-# (Not tried on Windows: whether the lock outlives the perl that took it.)
 { exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || cannot write gen_certs.sh ' (for the lock)'
 if command -v flock >/dev/null; then flock -n 9
 elif ! command -v perl >/dev/null; then fail 'neither flock nor perl is installed; install one of them, for the lock'
@@ -137,181 +137,70 @@ begin() { number=$((number + 1)); step="[$number/$steps] $1"; printf '%s\n' "$st
 # commands below are those of the page, to the letter.
 mkdir "$work/certs"
 cd "$work"
+made=(ca.srl)   # the files in it to be moved into place
+is_there() { [ -e "$certs/$1" ]; }
 take() {
   [ -r "$certs/$1" ] || cannot read "$1"
   try cp "$certs/$1" certs/ || fail "cannot copy certs/$1: ${said##*: }"
 }
+
+# --- What is there already -----------------------------------------------------------------
+
+for file in "$certs"/*.{key,crt,csr,pfx,srl}; do
+  [ ! -d "$file" ] || fail "certs/${file##*/} is a folder (Docker creates one for a missing mount);" \
+    "remove it: rmdir certs/${file##*/}"
+done
 for file in ca.cnf server.cnf client.cnf; do
   [ -f "$certs/$file" ] || fail "certs/$file is missing; restore it, for example with: git checkout certs/$file"
   take "$file"
 done
-for leaf in ca "${leaves[@]}"; do
-  for file in "$leaf".{key,crt,csr,pfx,srl}; do
-    [ ! -d "$certs/$file" ] ||
-      fail "certs/$file is a folder (Docker creates one for a missing mount); remove it: rmdir certs/$file"
-  done
-done
-
-# --- What is there already -----------------------------------------------------------------
-
-is_there() { [ -e "$certs/$1" ]; }
-
-# fits x509|req FILE KEY: whether the certificate or CSR belongs to the key. (One command with
-# both $(...) would not do: bash 5.2 cannot run a trap between them.)
-fits() {
-  local public
-  public=$(about "$1" -noout -pubkey -in "certs/$2") || :
-  [ "$public" = "$(about pkey -pubout -in "certs/$3")" ]
-}
-
-# of_lab FILE: whether its issuer has our CA's name, be it the present CA or a former one.
-of_lab() {
-  local ca
-  ca=$(about x509 -noout -subject_hash -in "$certs/ca.crt") || :
-  [ "$ca" = "$(about x509 -noout -issuer_hash -in "$1")" ]
-}
-
-# of_former_ca FILE: whether it is of this lab, but not from the present CA.
-of_former_ca() { of_lab "$1" && ! try openssl verify -CAfile "$certs/ca.crt" "$1"; }
 
 # take_key FILE STEP: STEP is what helps if it is no key.
 take_key() {
   local key=certs/$1
   take "$1"
-  if grep -q ENCRYPTED "$key"; then
-    fail "$key has a password; remove it: openssl rsa -in $key -out $key"
-  elif grep -q 'PRIVATE KEY-----' "$key" && try openssl pkey -in "$key" -noout; then
-    return
-  elif try openssl rsa -inform DER -in "$key" -noout -passin pass:; then
-    fail "$key is in DER form; convert it to PEM: openssl rsa -inform DER -in $key -out $key"
+  ! grep -q ENCRYPTED "$key" || fail "$key has a password; remove it: openssl rsa -in $key -out $key"
+  if ! grep -q 'PRIVATE KEY-----' "$key" || ! try openssl pkey -in "$key" -noout; then
+    fail "$key holds no private key in PEM form; $2"
   fi
-  fail "$key holds no private key in PEM form; $2"
 }
 
-# take_ca: if the CA's certificate is lost, its key can make it again, and everything that it
-# issued stays valid. If the key is lost, a new CA is the only way.
-take_ca() {
-  local lost='if you cannot, make a new CA and all certificates: bash certs/gen_certs.sh'
-  local again='make it again from its key: openssl req -new -x509 -days 3650 -key certs/ca.key'
+# If the CA's certificate is lost, its key can make it again, and everything that it issued stays
+# valid. If the key is lost, a new CA is the only way.
+if [ "$command" != set ]; then
+  lost='if you cannot, make a new CA and all certificates: bash certs/gen_certs.sh'
+  again='make it again from its key: openssl req -new -x509 -days 3650 -key certs/ca.key'
   again="$again -out certs/ca.crt -config certs/ca.cnf"
   is_there ca.crt || is_there ca.key || fail 'there is no CA yet; make it first: bash certs/gen_certs.sh'
   is_there ca.key || fail "certs/ca.key is missing; restore it; $lost"
   take_key ca.key "restore it; $lost"
   is_there ca.crt || fail "certs/ca.crt is missing; $again"
   take ca.crt
-  if ! grep -q 'BEGIN.* CERTIFICATE-----' certs/ca.crt || ! try openssl x509 -noout -in certs/ca.crt; then
+  public=$(grep -q 'BEGIN.* CERTIFICATE-----' certs/ca.crt && about x509 -noout -pubkey -in certs/ca.crt) ||
     fail "certs/ca.crt holds no certificate in PEM form; $again"
-  elif ! fits x509 ca.crt ca.key; then   # of two CAs in it, openssl signs with the first
-    [ "$(grep -c BEGIN certs/ca.crt)" = 1 ] ||
+  if [ "$public" != "$(about pkey -pubout -in certs/ca.key)" ]; then
+    [ "$(grep -c BEGIN certs/ca.crt)" = 1 ] ||   # of two CAs in it, openssl signs with the first
       fail 'the first certificate in certs/ca.crt is not that of certs/ca.key; move that one to the top'
     fail "certs/ca.key is not the key of certs/ca.crt; restore the one that is wrong; $lost"
   fi
   try openssl x509 -noout -checkend 0 -in certs/ca.crt || fail "certs/ca.crt has expired; $again"
   ! is_there ca.srl || take ca.srl
   grep -qs '^[0-9A-F]' certs/ca.srl || rm -f certs/ca.srl   # openssl makes one if there is none
+fi
+
+# of_lab FILE: whether its issuer has our CA's name, be it the present CA or a former one.
+of_lab() {
+  [ "$(about x509 -noout -issuer_hash -in "$1")" = "$(about x509 -noout -subject_hash -in "$certs/ca.crt")" ]
 }
 
-# take_leaf NAME: takes its key, and its CSR if that belongs to the key, for a new certificate.
-take_leaf() {
-  [ -z "$(about x509 -noout -subject -in "$certs/$1.crt")" ] || of_lab "$certs/$1.crt" ||
-    fail "certs/$1.crt is not from this lab's CA; to replace it, first move it: mv certs/$1.crt certs/$1.old.crt"
-  ! is_there "$1.key" || take_key "$1.key" "for a new one, move it: mv certs/$1.key certs/$1.old.key"
-  if is_there "$1.csr" && is_there "$1.key"; then
-    take "$1.csr"
-    fits req "$1.csr" "$1.key" || rm "certs/$1.csr"
-  fi
-}
-
-# --- The pieces ----------------------------------------------------------------------------
-
-made=(ca.srl)   # the files to be moved into place
-
-# issue NAME: key, CSR and certificate; a key and a CSR that are there already are used. Signing
-# copies nothing from the CSR: -extensions with -extfile puts SAN and EKU in.
-issue() {
-  local kind=client
-  [ "$1" != server ] || kind=server
-  if [ ! -e "certs/$1.key" ]; then
-    run genrsa -out "certs/$1.key" 2048
-    made+=("$1.key")
-  fi
-  if [ ! -e "certs/$1.csr" ]; then
-    run req -new -key "certs/$1.key" -out "certs/$1.csr" -config "certs/$kind.cnf"
-    made+=("$1.csr")
-  fi
-  [ "$command:$1" != set:server ] || begin 'server certificate'
-  run x509 -req -days 365 -in "certs/$1.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
-    -out "certs/$1.crt" -extensions "v3_$kind" -extfile "certs/$kind.cnf"
-  made+=("$1.crt")
-}
-
-# export_pfx NAME: certificate, key and CA in one file. The ciphers are set, because the defaults
-# differ and none of them can be imported everywhere; 3DES with a SHA-1 MAC can. Its strength is
-# the password, which is passed in the environment: arguments are visible to every user.
-made_up_password=
-export_pfx() {
-  local pfx=certs/$1.pfx
-  set -- -export -out "$pfx" -inkey "certs/$1.key" -in "certs/$1.crt" -certfile certs/ca.crt \
-    -name "mTLS Lab $1" -keypbe PBE-SHA1-3DES -certpbe PBE-SHA1-3DES -macalg sha1
-  if [ -z "${MTLS_PFX_PASSWORD:-}" ] && [ $can_ask = yes ]; then
-    ask_and_export "$pfx" "$@"
-  else
-    if [ -z "${MTLS_PFX_PASSWORD:-}" ]; then
-      run rand -hex -out password 12
-      made_up_password=$(tr -d '\r\n' <password)
-      MTLS_PFX_PASSWORD=$made_up_password
-    fi
-    export MTLS_PFX_PASSWORD
-    run pkcs12 "$@" -passout env:MTLS_PFX_PASSWORD
-  fi
-  run asn1parse -inform DER -in "$pfx"   # if the disk is full, pkcs12 can truncate it silently
-  made+=("${pfx#certs/}")
-}
-
-# ask_and_export PFX ARGUMENT...: openssl asks, twice; after a typing error it asks again.
-ask_and_export() {
-  local pfx=$1 attempt
-  shift
-  for attempt in 1 2 3; do
-    if try openssl pkcs12 "$@"; then
-      # If an empty password opens it, it protects nothing, and macOS does not import it.
-      try openssl pkcs12 -in "$pfx" -noout -passin pass: || return 0
-      complain 'the password must not be empty'
-    else
-      case $said in *"Can't read Password"*) complain 'the two passwords were not the same' ;; *) give_up '' ;; esac
-    fi
-  done
-  fail "no password after $attempt attempts; $unchanged"
-}
-
-# The only moment at which the real certificates change. From here on signals are ignored: half
-# a move would leave keys beside certificates that are not theirs. If a file cannot be moved (it
-# is open in Windows, or immutable), tidy_up puts the former ones back.
-install() {
-  chmod 644 certs/*.crt certs/*.csr
-  mkdir old
-  trap '' HUP INT TERM
-  for file in "${made[@]}"; do
-    [ ! -e "$certs/$file" ] || try mv -f "$certs/$file" old/ ||
-      fail "cannot replace certs/$file: ${said##*: }; $unchanged"
-  done
-  if ! try mv -f "${made[@]/#/certs/}" "$certs/"; then
-    (cd "$certs" && rm -f "${made[@]}")
-    fail "cannot write in certs/: ${said##*: }; $unchanged"
-  fi
-  mv old replaced   # nothing to put back any more
-}
-
-# --- The work ------------------------------------------------------------------------------
-
-[ "$command" = set ] || take_ca
+of_ca() { try openssl verify -CAfile "$certs/ca.crt" "$1"; }
+of_former_ca() { ! of_ca "$1" && of_lab "$1"; }
 
 case $client in '' | client) ;; *)
-  there=no
-  for file in "$client".{key,csr,crt,pfx}; do ! is_there "$file" || there=yes; done
+  there=$(cd "$certs" && ls "$client".{key,csr,crt,pfx} 2>/dev/null) || :   # those that exist
   case $command:$there in
-    renew:no) fail "'$client' has no certificate; make one: bash certs/gen_certs.sh client $client" ;;
-    client:yes) of_former_ca "$certs/$client.crt" ||
+    renew:) fail "'$client' has no certificate; make one: bash certs/gen_certs.sh client $client" ;;
+    client:?*) of_former_ca "$certs/$client.crt" ||
       fail "'$client' exists; choose another NAME, or renew it: bash certs/gen_certs.sh renew $client" ;;
   esac
   # Not with -subj: LibreSSL ignores it where the file says "prompt = no".
@@ -319,10 +208,16 @@ case $client in '' | client) ;; *)
   grep -q "^CN = $client\$" certs/client.cnf || fail "certs/client.cnf has no line 'CN = ...' that could take the NAME"
 esac
 
-[ "$command" != renew ] || for leaf in "${leaves[@]}"; do take_leaf "$leaf"; done
+[ "$command" != renew ] || for leaf in "${leaves[@]}"; do
+  of_ca "$certs/$leaf.crt" || of_lab "$certs/$leaf.crt" || ! about x509 -noout -in "$certs/$leaf.crt" ||
+    fail "certs/$leaf.crt is not from this lab's CA; to replace it, first move it:" \
+      "mv certs/$leaf.crt certs/$leaf.old.crt"
+  ! is_there "$leaf.key" || take_key "$leaf.key" "for a new one, move it: mv certs/$leaf.key certs/$leaf.old.key"
+done
+
+# --- The CA --------------------------------------------------------------------------------
 
 if [ "$command" = set ]; then
-  steps=6
   begin 'CA key (4096-bit RSA: a few seconds)'
   run genrsa -out certs/ca.key 4096
   begin 'CA certificate'
@@ -330,58 +225,100 @@ if [ "$command" = set ]; then
   made+=(ca.key ca.crt)
 fi
 
+# --- The certificates of server and client -------------------------------------------------
+
+kind_of() { if [ "$1" = server ]; then echo server; else echo client; fi; }
+
 for leaf in "${leaves[@]}"; do
+  kind=$(kind_of "$leaf")
   case $command:$leaf in
     set:server) begin 'server key and CSR' ;;
     renew:*) begin "$leaf certificate" ;;
     *) begin "$leaf key, CSR and certificate" ;;
   esac
-  issue "$leaf"
+  if [ ! -e "certs/$leaf.key" ]; then   # renew has taken the one that is there
+    run genrsa -out "certs/$leaf.key" 2048
+    made+=("$leaf.key")
+  fi
+  run req -new -key "certs/$leaf.key" -out "certs/$leaf.csr" -config "certs/$kind.cnf"
+  [ "$command:$leaf" != set:server ] || begin 'server certificate'
+  # Signing copies nothing from the CSR: -extensions with -extfile puts SAN and EKU in.
+  run x509 -req -days 365 -in "certs/$leaf.csr" -CA certs/ca.crt -CAkey certs/ca.key -CAcreateserial \
+    -out "certs/$leaf.crt" -extensions "v3_$kind" -extfile "certs/$kind.cnf"
+  made+=("$leaf.csr" "$leaf.crt")
 done
 
-[ -z "$client" ] || { begin PFX; export_pfx "$client"; }
+# --- The PFX: the client's certificate, its key and the CA's certificate in one file -------
+
+# The ciphers are set, because the defaults differ and none of them can be imported everywhere;
+# 3DES with a SHA-1 MAC can. Its strength is the password, which is passed in the environment:
+# arguments are visible to every user.
+made_up_password=
+if [ -n "$client" ]; then
+  begin PFX
+  if [ -z "${MTLS_PFX_PASSWORD:-}" ] && [ $can_ask = no ]; then
+    run rand -hex -out password 12
+    made_up_password=$(tr -d '\r\n' <password)
+    export MTLS_PFX_PASSWORD=$made_up_password
+  fi
+  for attempt in 1 2 3; do   # without -passout openssl asks, twice
+    if try openssl pkcs12 -export -out "certs/$client.pfx" -inkey "certs/$client.key" -in "certs/$client.crt" \
+      -certfile certs/ca.crt -name "mTLS Lab $client" -keypbe PBE-SHA1-3DES -certpbe PBE-SHA1-3DES -macalg sha1 \
+      ${MTLS_PFX_PASSWORD:+-passout env:MTLS_PFX_PASSWORD}
+    then
+      # If an empty password opens it, it protects nothing, and macOS does not import it.
+      if [ -n "${MTLS_PFX_PASSWORD:-}" ] || ! try openssl pkcs12 -in "certs/$client.pfx" -noout -passin pass:
+      then break; fi
+      complain 'the password must not be empty'
+    else
+      case $said in *"Can't read Password"*) complain 'the two passwords were not the same' ;; *) give_up '' ;; esac
+    fi
+    [ "$attempt" -lt 3 ] || fail "no password after $attempt attempts; $unchanged"
+  done
+  run asn1parse -inform DER -in "certs/$client.pfx"   # if the disk is full, pkcs12 can truncate it silently
+  made+=("$client.pfx")
+fi
+
+# --- Verify, and move into place -----------------------------------------------------------
 
 for leaf in "${leaves[@]}"; do
-  purpose=sslclient
-  [ "$leaf" != server ] || purpose=sslserver
-  run verify -x509_strict -purpose $purpose -CAfile certs/ca.crt "certs/$leaf.crt"
+  run verify -x509_strict -purpose "ssl$(kind_of "$leaf")" -CAfile certs/ca.crt "certs/$leaf.crt"
   printf '%s\n' "$said"   # certs/NAME.crt: OK
 done
 
-install
+# The only moment at which the real certificates change. From here on signals are ignored: half
+# a move would leave keys beside certificates that are not theirs. If a file cannot be moved (it
+# is open in Windows, or immutable), tidy_up puts the former ones back.
+chmod 644 certs/*.crt certs/*.csr
+mkdir old
+trap '' HUP INT TERM
+for file in "${made[@]}"; do
+  ! is_there "$file" || try mv -f "$certs/$file" old/ || fail "cannot replace certs/$file: ${said##*: }; $unchanged"
+done
+if ! try mv -f "${made[@]/#/certs/}" "$certs/"; then
+  (cd "$certs" && rm -f "${made[@]}")
+  fail "cannot write in certs/: ${said##*: }; $unchanged"
+fi
+mv old replaced   # nothing to put back any more
+set +e            # the work is done, even if a report fails
 
 # --- What there is now ---------------------------------------------------------------------
 
-common_name() { about x509 -noout -subject -nameopt multiline -in "$certs/$1.crt" | sed -n 's/^ *commonName *= //p'; }
-
-host_names() {   # LibreSSL has no -ext
-  about x509 -noout -text -in "$certs/server.crt" | sed -n '/Alternative Name/{n;s/^ *//;s/DNS://g;s/IP Address://g;p;}'
-}
+common_name() { about x509 -noout -subject -nameopt multiline -in "$1" | sed -n 's/^ *commonName *= //p'; }
 
 # row NAME: its certificate (and key, if new), what it is for, and until when.
 row() {
-  local files=$1.crt what
+  local files=$1.crt crt=$certs/$1.crt what
   case " ${made[*]} " in *" $1.key "*) files="$files, $1.key" ;; esac
   case $1 in
     ca) what='the CA, trust anchor of both sides' ;;
-    server) what="for $(host_names)" || : ;;
-    *) what="CN $(common_name "$1")" || : ;;
+    server)   # LibreSSL has no -ext
+      what=$(about x509 -noout -text -in "$crt" | sed -n '/Alternative Name/{n;s/^ *//;s/DNS://g;s/IP Address://g;p;}')
+      what="for $what" ;;
+    *) what="CN $(common_name "$crt")" ;;
   esac
   printf '  %-23s %s; ' "$files" "$what"
-  about x509 -noout -enddate -in "$certs/$1.crt" | sed 's/notAfter=/valid until /' || echo
-}
-
-# client_names: the CNs of all clients of this CA, client.crt's first.
-client_names() {
-  local file cn names=
-  while read -r file; do
-    cn=$(printf %q "$(common_name "${file%.crt}")")
-    case "$file $names " in   # LibreSSL takes the CA for a client
-      ./ca.crt* | *" $cn "*) ;;
-      *) names="$names $cn" ;;
-    esac
-  done < <(cd "$certs" && about verify -purpose sslclient -CAfile ca.crt client.crt ./*.crt | sed -n 's/: OK$//p')
-  printf '%s\n' "$names"
+  about x509 -noout -enddate -in "$crt" | sed 's/notAfter=/valid until /' || echo
 }
 
 case $command in
@@ -401,9 +338,17 @@ if [ -e replaced/ca.crt ]; then
 fi
 [ ! -e replaced/server.crt ] || printf 'A running server takes them up by itself.\n'
 [ -z "$made_up_password" ] || printf 'Password of certs/%s.pfx (shown only now): %s\n' "$client" "$made_up_password"
+
 case $command in
   set) printf 'Next: %s server/server.py\n' "$python" ;;
-  client)
-    printf 'Next: %s server/server.py --allow-cn%s\n' "$python" "$(client_names)"
+  client)   # all clients of this CA, client.crt's first: the list lets in nobody else
+    names=
+    for file in "$certs"/client.crt "$certs"/*.crt; do
+      [ "$file" != "$certs/ca.crt" ] || continue   # LibreSSL takes it for a client's
+      try openssl verify -purpose sslclient -CAfile "$certs/ca.crt" "$file" || continue
+      name=$(printf %q "$(common_name "$file")")
+      case "$names " in *" $name "*) ;; *) names="$names $name" ;; esac
+    done
+    printf 'Next: %s server/server.py --allow-cn%s\n' "$python" "$names"
     printf 'then: %s client/client.py --cert certs/%s.crt --key certs/%s.key\n' "$python" "$client" "$client" ;;
 esac

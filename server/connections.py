@@ -274,7 +274,7 @@ class Connection(asyncio.BufferedProtocol):
         if self.phase is Phase.HANDSHAKE:
             self.drop(TimeoutError(f"no complete handshake within {DEADLINES[Phase.HANDSHAKE]:.0f} s"))
         elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST) and not self.congested:
-            self.server.loop.call_soon(self.wake)   # after this turn of the loop: what it still reads is answered
+            self.server.loop.call_later(0, self.wake)   # after the next reads: what has arrived is answered
         else:
             self.transport.abort()
 

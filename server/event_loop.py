@@ -63,8 +63,8 @@ class EventLoopServer(http.server.HTTPServer):
         self.unauthorized: dict[Connection, None] = {}
         self.stopping = False
         # Prefer IPv4, because "localhost" may mean both: AF_INET is the smaller number everywhere.
-        self.address_family, *_, where = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
-        super().__init__(where, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
+        self.address_family, *_, sockaddr = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
+        super().__init__(sockaddr, handler)   # type: ignore[arg-type]   # an IPv6 address has four parts
         self.loop, self.told_to_stop = asyncio.new_event_loop(), asyncio.Event()
 
     def server_bind(self) -> None:
@@ -73,6 +73,9 @@ class EventLoopServer(http.server.HTTPServer):
             self.socket.setsockopt(socket.SOL_SOCKET, socket.SO_EXCLUSIVEADDRUSE, 1)
         if self.address_family == socket.AF_INET6:   # "::" includes IPv4, too; not every system does this by default
             self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        # Connections inherit this: a short answer must not wait for the ACK of the one before (40 ms). asyncio
+        # sets it only on sockets that name their protocol, which accepted ones do not.
+        self.socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         self.socket.setblocking(False)
         socketserver.TCPServer.server_bind(self)   # HTTPServer's looks up the host's name, which can take seconds
 
@@ -92,7 +95,7 @@ class EventLoopServer(http.server.HTTPServer):
     def refused(self, client_address: Any, reason: Exception) -> None:
         """Called once for each connection that is not served."""
 
-    def finishing(self) -> None:
+    def still_running(self) -> None:
         """Called when the server is told to stop while requests are running."""
 
     # --- Places --------------------------------------------------------------------------------
@@ -157,8 +160,7 @@ class EventLoopServer(http.server.HTTPServer):
 
     async def serve(self) -> None:
         """Accept connections and watch deadlines until `shutdown`; then let running requests finish."""
-        # Otherwise asyncio would print such errors itself.
-        self.loop.set_exception_handler(lambda _, context: self.handle_error(None, context))   # type: ignore[arg-type]
+        self.loop.set_exception_handler(self.asyncio_error)
         accepting, watching = (self.loop.create_task(self.repeat(step)) for step in (self.accept, self.watch))
         await self.told_to_stop.wait()
         with contextlib.suppress(NotImplementedError):   # on Windows
@@ -167,7 +169,7 @@ class EventLoopServer(http.server.HTTPServer):
         accepting.cancel()
         self.server_close()
         if any(one.phase in (Phase.REQUEST, Phase.RESPONSE) for one in self.connections()):
-            self.finishing()
+            self.still_running()
         deadline = time.monotonic() + STOP_SECONDS
         while self.connections() and time.monotonic() < deadline:
             for connection in self.connections():
@@ -199,13 +201,26 @@ class EventLoopServer(http.server.HTTPServer):
         try:
             newcomer, address = await self.loop.sock_accept(self.socket)
         except OSError as error:
-            if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+            no_resources = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
+            if no_resources:
                 for oldest in [*self.opening, *self.pending][:1]:
-                    oldest.end()
-                await asyncio.sleep(TICK)   # otherwise this would be a busy loop
+                    oldest.drop(ConnectionError("no file descriptor was left for others"))
+            await asyncio.sleep(TICK if no_resources else 0)   # else a busy loop
             return
-        # macOS gives no address for a peer that has already left.
-        await self.loop.connect_accepted_socket(lambda: Connection(self, address or ("unknown", 0)), newcomer)
+        try:
+            # macOS gives no address for a peer that has left already.
+            await self.loop.connect_accepted_socket(lambda: Connection(self, address or ("unknown", 0)), newcomer)
+        except OSError:   # it has just left
+            newcomer.close()
+
+    def asyncio_error(self, _: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        """Log what asyncio would print. An OSError there only means that a peer has left at an odd moment."""
+        try:
+            raise context.get("exception") or RuntimeError(context["message"])
+        except OSError:
+            pass
+        except Exception:   # noqa: BLE001
+            self.handle_error(None, ("asyncio", 0))   # type: ignore[arg-type]
 
     async def watch(self) -> None:
         """After a while, check all deadlines, and whether there is room for those that wait."""

@@ -111,7 +111,7 @@ class TodoServer(EventLoopServer):
     def authenticated(self, connection: Connection) -> None:
         """The handshake is over: our CA has signed this client's certificate, and the client has the key."""
         # It may have begun with certificates that have since been replaced.
-        current = connection.tls is not None and connection.tls.context is self.context
+        current = connection.tls.context is self.context
         connection.client = Client(*identity(connection), self.certificates.generation if current else -1)
 
     def is_authorized(self, connection: Connection) -> bool:
@@ -147,7 +147,7 @@ class TodoServer(EventLoopServer):
         """Log whose handshake failed, and why."""
         self.log.write(f"REJECTED | peer={client_address[0]} | {in_words(reason)}")
 
-    def finishing(self) -> None:
+    def still_running(self) -> None:
         """Say why the server does not stop at once."""
         say(f"Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once.")
 

@@ -455,7 +455,7 @@ class TestNextSteps(ClientCase):
         mallory = tuple(word.replace("certs", str(lab().certs)) for word in MALLORY.split())
         refused = (rf"no server at .*:{port}/todo; start it there: python3 server/server.py --port {port}; "
                    r"if it runs on another port, name that: export MTLS_SERVER_PORT=PORT \(or --url\)$")
-        to_admit = "not in the allowed list; to admit it, add mallory to the names after the server's --allow-cn .see its log.$"
+        to_admit = "to admit it, add mallory to the names after the server's --allow-cn .see its log.$"
         with Server(lab()) as server:
             self.check([
                 Case(CLIENT, refused, env={"MTLS_SERVER_PORT": port}),

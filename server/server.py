@@ -7,13 +7,17 @@ items: event_loop.py and connections.py (TLS connections), strict_http.py (reque
 certificates.py (the server's own), log.py, problems.py (error messages).
 """
 
+import signal
+
+if __name__ == "__main__":   # Ctrl+C ends the program without a traceback, even during the imports; main() changes that
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import errno
 import functools
 import os
 import re
-import signal
 import ssl
 import sys
 import textwrap

@@ -34,9 +34,8 @@ PAGES = {page: (ROOT / page).read_text(encoding="utf-8") for page in LIMITS}
 ALL = "\n".join(PAGES.values())
 SKIP_MARK = re.compile(r"\*Not run by the tests: (.+)\.\*")
 NOT_RUN = {"it is the test command itself": 2, "it is the benchmark": 1, "it needs the linters": 1,
-           "it needs Docker": 3, "it needs Windows": 1,
-           "it needs a browser": 0, "it needs other people's programs": 0}   # these are tables
-"""The reasons for which a block may be skipped, and how many blocks have each."""
+           "it needs Docker": 3, "it needs Windows": 1, "it needs a browser": 0, "it needs other people's programs": 0}
+"""The reasons for which a block may be skipped, and how many blocks have each (none: it marks a table)."""
 HANDSHAKES = (("The handshake in TLS 1.2", "client/README.md"), ("The handshake in TLS 1.3", "README.md"))
 DRAWINGS = (("Folder Structure", "README.md"), ("How it is built", "server/README.md"), *HANDSHAKES)
 """The sections that begin with a drawing: a ``text`` block that no command prints."""

@@ -323,7 +323,7 @@ class PageTest(unittest.TestCase):
         """Limits and deadlines are those that other tests check; the Docker commands are as specified."""
         for claim in (
                 "5 s for a handshake, 10 s for a request, 10 s to read the response, 15 s without a request",
-                "at most 1,024 clients are served,** 32 of them not on the list", "**Places: 512.**",
+                "at most 1,024 clients are served,** at most 32 of them not on the list", "**Places: 512.**",
                 "16 KB for the ClientHello** (a real one has 4 KB at most), 64 KB for the whole handshake",
                 "**Sessions: about 100.**", "waits up to 15 s for a place", "of at most 1,000 characters",
                 "more than 64 KiB", "not complete within 10 s", "more than 100 levels deep", "for 5 s at most",

@@ -138,7 +138,7 @@ give_up() {
 
 step='' number=0
 begin() {
-  number=$((number + 1)) step="[$number/$steps] $1"
+  step="[$((number += 1))/$steps] $1"
   printf '%s\n' "$step" 2>/dev/null || fail "cannot write to standard output; $unchanged"
 }
 
@@ -363,10 +363,8 @@ if [ -e replaced/ca.crt ]; then
   done
 fi
 next=Next
-if [ -e replaced/server.crt ]; then
-  echo 'A running server takes them up by itself.'
-  next='Next, unless it runs already'
-fi
+[ ! -e replaced/server.crt ] || next='Next, unless it runs already'
+[ "$next" = Next ] || echo 'A running server takes them up by itself.'
 [ -z "$made_up_password" ] || printf 'Password of %s (shown only now): %s\n' "$here/$client.pfx" "$made_up_password"
 
 printf -v serve '%s %q' "$python" "${folder%certs}server/server.py"

@@ -5,6 +5,11 @@ It proves who it is with certs/client.crt and its key, and accepts only a server
 certificate for the host in the URL, signed by our own CA.
 """
 
+import signal
+
+if __name__ == "__main__":   # Ctrl+C ends the program without a traceback, even during the imports below
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import errno
 import http.client
@@ -68,8 +73,8 @@ def say(text: str) -> None:
     """Print one line for -v. If that fails, it must not look as if the handshake had failed."""
     try:
         print(f"[CLIENT] {text}", flush=True)
-    except OSError:
-        os._exit(1)
+    except OSError as error:
+        exchange.output_failed(error, "CLIENT", 1)
 
 
 def fail(problem: str) -> NoReturn:
@@ -120,9 +125,10 @@ def parse_arguments() -> argparse.Namespace:
                         help="the CA that we trust (default certs/ca.crt)")
     arguments = parser.parse_args()
     if any("\ud800" <= c <= "\udfff" for c in arguments.task):   # how Python represents bytes that it cannot decode
-        parser.error("argument TASK: is no valid text in this terminal's encoding")
+        parser.error("argument TASK: is not valid text in this terminal's encoding")
     if arguments.task.endswith((".key", ".crt", ".pem", ".pfx")) and os.access(arguments.task, os.F_OK):
-        parser.error(f"argument TASK: is the file {arguments.task}; name its option, such as --key")
+        option = "--key" if arguments.task.endswith(".key") else "--cert"
+        parser.error(f"argument TASK: {arguments.task} is a file; did you mean {option} {arguments.task}?")
     arguments.url = arguments.url or exchange.default_url(parser)
     return arguments
 
@@ -168,7 +174,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError:   # our output failed, or its reader has left, as in: | head -3
-        os._exit(1)
+    except OSError as error:
+        exchange.output_failed(error, "CLIENT", 1)

@@ -7,9 +7,13 @@ or began to. Exit 2: the test could not be done, so nothing is proved.
 Read client.py first; only what differs is explained here.
 """
 
+import signal
+
+if __name__ == "__main__":   # Ctrl+C ends the program without a traceback, even during the imports below
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import http.client
-import os
 import ssl
 import sys
 import urllib.request
@@ -70,8 +74,8 @@ def report(text: str) -> None:
     """Print one line of the test's report."""
     try:
         print(f"[NEGATIVE TEST] {exchange.printable(text)}", flush=True)
-    except OSError:   # the verdict cannot be shown
-        os._exit(2)
+    except OSError as error:   # the verdict cannot be shown
+        exchange.output_failed(error, "NEGATIVE TEST", 2)
 
 
 def no_result(problem: str) -> NoReturn:
@@ -137,7 +141,5 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except OSError:   # stderr cannot be written either
-        os._exit(2)
+    except OSError as error:
+        exchange.output_failed(error, "NEGATIVE TEST", 2)

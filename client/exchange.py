@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import errno
 import http.client
 import json
 import os
 import re
 import ssl
+import sys
 import threading
 import urllib.error
 import urllib.parse
@@ -95,9 +97,10 @@ def answer(context: ssl.SSLContext, request: urllib.request.Request,
 
     # A socket's timeout restarts with each byte: a byte every few seconds would make us wait forever.
     timer = threading.Timer(EXCHANGE, out_of_time)
-    timer.start()
+    timer.daemon = True   # it never keeps the program alive
     Connection.received = 0
     try:
+        timer.start()
         with opener.open(request, timeout=SILENCE) as response:
             yield response
     except urllib.error.URLError as error:   # up to the request, urllib wraps errors; later ones it does not
@@ -134,6 +137,14 @@ def decode(body: bytes) -> Any:
     return value
 
 
+def output_failed(error: OSError, title: str, code: int) -> NoReturn:
+    """End at once, with this exit code: sys.exit() would try to write the same again."""
+    if error.errno not in (errno.EPIPE, errno.EINVAL):   # its reader has left, as in: | head -3 (Windows: EINVAL)
+        with contextlib.suppress(OSError):   # stderr may have the same problem
+            print(f"[{title}] ERROR: cannot write the output ({error.strerror})", file=sys.stderr)
+    os._exit(code)
+
+
 def one_line(text: str) -> str:
     """The text in a single line of printable characters."""
     return printable(" ".join(text.split()))
@@ -163,7 +174,7 @@ def https_url(text: str) -> str:
     except ValueError:
         usable = False
     if not usable or not re.fullmatch("[!-~]+", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is no URL such as https://127.0.0.1:8443/todo")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a URL such as https://127.0.0.1:8443/todo")
     return text
 
 
@@ -171,5 +182,5 @@ def default_url(parser: argparse.ArgumentParser) -> str:
     """The lab's server, on the port from the environment; exits with 2 if that is not a port."""
     port = os.environ.get("MTLS_SERVER_PORT") or "8443"
     if not re.fullmatch("[0-9]{1,5}", port) or not 1 <= int(port) <= 65535:
-        parser.error(f"MTLS_SERVER_PORT: {port!r} is no port (1 to 65535)")
+        parser.error(f"MTLS_SERVER_PORT: {port!r} is not a port (1 to 65535)")
     return f"https://127.0.0.1:{int(port)}/todo"

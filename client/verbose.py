@@ -66,15 +66,22 @@ def lines(title: str, connection: ssl.SSLSocket | ssl.SSLObject) -> list[str]:
     names = {field: ", ".join(value for rdn in certificate.get(field, ()) for key, value in rdn if key == "commonName")
              for field in ("subject", "issuer")}
     san = ", ".join(f"{kind}:{value}" for kind, value in certificate.get("subjectAltName", ()))
-    end = certificate.get("notAfter", "unknown")
-    with contextlib.suppress(ValueError):
-        days = int((ssl.cert_time_to_seconds(end) - time.time()) // 86400)
-        end += f" (in {days} days)" if days >= 0 else f" (expired {-days} days ago)"
+    validity = [f"  valid until: {certificate.get('notAfter', 'unknown')}"]
+    with contextlib.suppress(KeyError, ValueError):
+        start, end = (ssl.cert_time_to_seconds(certificate[date]) - time.time() for date in ("notBefore", "notAfter"))
+        days = int(abs(end) // 86400)
+        number = f"{days} day{'' if days == 1 else 's'}"
+        if end < 0:
+            validity[0] += f" (expired {f'{number} ago' if days else 'today'})"
+        else:
+            validity[0] += f" (in {number})"
+        if start > 0:
+            validity.insert(0, f"  valid from: {certificate['notBefore']} (not valid yet)")
     digest = hashlib.sha256(connection.getpeercert(binary_form=True) or b"").hexdigest().upper()
     return [f"{title}: CN {names['subject'] or 'none'}",
             f"  names in its SAN: {san or 'none'}",
             f"  issued by: {names['issuer'] or 'no CN'}",
-            f"  valid until: {end}",
+            *validity,
             f"  SHA-256: {':'.join(digest[i:i + 2] for i in range(0, len(digest), 2))}"]
 
 

@@ -123,7 +123,7 @@ class Connection(asyncio.BufferedProtocol):
     def resume_writing(self) -> None:
         """The peer has taken all of it."""
         self.congested = False
-        self.wake()
+        self.server.loop.call_soon(self.wake)   # not at once: asyncio would not expect a close in here
 
     # --- Its life ------------------------------------------------------------------------------
 

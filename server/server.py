@@ -7,13 +7,17 @@ items: event_loop.py and connections.py (TLS connections), strict_http.py (reque
 certificates.py (the server's own), log.py, problems.py (error messages).
 """
 
+import signal
+
+if __name__ == "__main__":   # Ctrl+C ends the program without a traceback, even during the imports; main() changes that
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import contextlib
 import errno
 import functools
 import os
 import re
-import signal
 import ssl
 import sys
 import textwrap
@@ -192,7 +196,7 @@ class TodoHandler(StrictHandler):
         self.body_length()   # refuses what could hide a second request, even where no body is expected
         if self.command == "POST":
             # Any web page can make a browser that holds our PFX send a form, but not JSON.
-            types = [value.partition(";")[0].strip().lower() for value in self.fields.get("content-type", [])]
+            types = [value.partition(";")[0].strip(" \t").lower() for value in self.fields.get("content-type", [])]
             if types != ["application/json"]:
                 raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "header: must be Content-Type: application/json")
             self.accept_body(MAX_BODY)

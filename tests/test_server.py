@@ -27,7 +27,6 @@ from tests.support import (
     PATIENCE,
     Output,
     Server,
-    ServerCase,
     Talk,
     comes_true,
     environment,
@@ -39,30 +38,7 @@ from tests.support import (
     request,
     side_by_side,
 )
-from tests.test_strict_http import (
-    FORGED,
-    HIDDEN,
-    HIDDEN_LENGTH,
-    HOST,
-    JSON,
-    MAX_BODY,
-    NASTY,
-    TLS_VERSIONS,
-    CalledServer,
-    Case,
-    HttpCase,
-    get,
-    head,
-    request_line_cases,
-    todo,
-)
-
-METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT")
-GREETING = """\
-[SERVER] mTLS server listening on https://{host}:{port}
-[SERVER] Requiring client cert signed by: ca.crt
-[SERVER] Press Ctrl+C to stop.
-""".splitlines()
+from tests.test_strict_http import FORGED, NASTY, TLS_VERSIONS, CalledServer, Case, HttpCase, OneServerCase, get, todo
 
 
 def sign_again(name: str, pattern: bytes, replacement: bytes) -> None:
@@ -86,94 +62,61 @@ def has_ipv6() -> bool:
     return True
 
 
-class TestTLS(ServerCase):
+class TestTLS(OneServerCase):
     """What the server's TLS settings admit and refuse."""
 
     def test_versions_and_ciphers(self) -> None:
         """TLS 1.2 and 1.3 with forward secrecy and AEAD; no CBC, HTTP/1.1 by ALPN, no tickets in TLS 1.3."""
-        with self.serving() as server:
-            for cipher, accepted in (
-                    ("", True), ("ECDHE-RSA-AES128-GCM-SHA256", True), ("ECDHE-RSA-CHACHA20-POLY1305", True),
-                    ("ECDHE-RSA-AES256-SHA384", False), ("DHE-RSA-AES256-GCM-SHA384", False),
-                    ("AES256-GCM-SHA384", False)):
-                with self.subTest(cipher or "TLS 1.3"):
-                    context = lab().context(maximum_version=TLS_VERSIONS[not cipher])
-                    context.set_alpn_protocols(["h2", "http/1.1"])
-                    if cipher:
-                        context.set_ciphers(cipher)
-                    if not accepted:
-                        self.assertRaises(ssl.SSLError, server.connect, context=context)
-                        continue
-                    with Talk(server.connect(context=context)) as talk:
-                        self.assertEqual(talk.connection.selected_alpn_protocol(), "http/1.1")
-                        self.assertEqual(talk.ask("GET", "/todo").status, 200)
-                        session = talk.connection.session
-                    self.assertFalse(not cipher and session is not None and session.has_ticket)
-            server.stderr.wait_for("no shared cipher")
+        for cipher, accepted in {"": True, "ECDHE-RSA-AES128-GCM-SHA256": True, "ECDHE-RSA-CHACHA20-POLY1305": True,
+                                 "ECDHE-RSA-AES256-SHA384": False, "DHE-RSA-AES256-GCM-SHA384": False,
+                                 "AES256-GCM-SHA384": False}.items():
+            with self.subTest(cipher or "TLS 1.3"):
+                context = lab().context(maximum_version=TLS_VERSIONS[not cipher])
+                context.set_alpn_protocols(["h2", "http/1.1"])
+                if cipher:
+                    context.set_ciphers(cipher)
+                if not accepted:
+                    self.assertRaises(ssl.SSLError, self.server.connect, context=context)
+                    continue
+                with Talk(self.server.connect(context=context)) as talk:
+                    self.assertEqual(talk.connection.selected_alpn_protocol(), "http/1.1")
+                    self.assertEqual(talk.ask("GET", "/todo").status, 200)
+                    session = talk.connection.session
+                self.assertFalse(not cipher and session is not None and session.has_ticket)
+        self.server.stderr.wait_for("no shared cipher")
 
     def test_nothing_older_than_tls_1_2(self) -> None:
         """A ClientHello of TLS 1.1 is answered with the alert protocol_version, not with one about its suites."""
         hello = b"\x03\x02" + b"x" * 32 + b"\x00\x00\x04\x00\x2f\x00\xff\x01\x00"
-        with self.serving() as server, server.connect_plain() as plain:
+        with self.server.connect_plain() as plain:
             plain.sendall(b"\x16\x03\x01\x00\x2f\x01\x00\x00\x2b" + hello)
             self.assertRegex(plain.recv(100), rb"^\x15\x03.\x00\x02\x02\x46")
-
-    def test_key_exchange_is_cheap(self) -> None:
-        """Python before 3.15 can leave P-256 only; who offers X25519 first is asked again, and gets in."""
-        certs, chooses = lab().certs, hasattr(ssl.SSLContext, "set_groups")
-        groups = {"X25519:P-256": True, "P-256": True, "X25519": chooses, "P-384": False, "P-521": False,
-                  "ffdhe2048": False, "ffdhe8192": False}
-        with self.serving() as server:
-            for group, accepted in groups.items():
-                with self.subTest(group):
-                    result = subprocess.run(
-                        ["openssl", "s_client", "-tls1_3", "-groups", group, "-connect", f"127.0.0.1:{server.port}",
-                         "-CAfile", certs / "ca.crt", "-cert", certs / "client.crt", "-key", certs / "client.key"],
-                        stdin=subprocess.DEVNULL, capture_output=True, env=environment(), check=False,
-                        timeout=PATIENCE)
-                    self.assertEqual(result.returncode == 0, accepted, result)
-
-    @unittest.skipUnless(hasattr(socket, "TCP_QUICKACK"), "only Linux delays its ACK by 40 ms, and can be told not to")
-    def test_first_request_at_once(self) -> None:
-        """Nagle's algorithm holds a client's first request back until the handshake is acknowledged: at once."""
-        with self.serving() as server:
-            def seconds() -> float:
-                with Talk(server.connect()) as talk:   # a socket as it comes: without TCP_NODELAY
-                    began = time.monotonic()
-                    talk.ask("GET", "/todo")
-                    return time.monotonic() - began
-            # One of 20 is enough: a busy machine delays some of them, the kernel's timer would delay all.
-            self.assertTrue(any(seconds() < 0.03 for _ in range(20)), "each first answer took 30 ms or more")
 
     def test_no_renegotiation(self) -> None:
         """A TLS 1.2 client that asks to renegotiate is told no."""
         certs = lab().certs
-        with self.serving() as server:
-            result = subprocess.run(
-                ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{server.port}", "-CAfile", certs / "ca.crt",
-                 "-cert", certs / "client.crt", "-key", certs / "client.key"], input="R\n", capture_output=True,
-                text=True, env=environment(), check=False, timeout=PATIENCE)
+        result = subprocess.run(
+            ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{self.server.port}", "-CAfile", certs / "ca.crt",
+             "-cert", certs / "client.crt", "-key", certs / "client.key"], input="R\n", capture_output=True, text=True,
+            env=environment(), check=False, timeout=PATIENCE)
         self.assertRegex(result.stdout + result.stderr, "(?i)no.renegotiation")
 
     def test_only_certificates_of_our_ca_are_trusted(self) -> None:
         """All others are refused in the handshake and hear why, also those of a CA that the system trusts."""
         none = "peer did not return a certificate"
-        unknown = "client certificate refused: (unable to get local issuer certificate|certificate signature failure)" \
-                  "; no CA in ca.crt has signed it"
+        unknown = r"client certificate refused: [a-z ]+; no CA in ca.crt has signed it"
         stranger = lab().context(None)
         stranger.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
         cases = ((lab().context(None), "CERTIFICATE_REQUIRED", none),
                  (lab().context(None, maximum_version=TLS_VERSIONS[0]), "HANDSHAKE_FAILURE", none),
                  (stranger, "(?i)UNKNOWN.CA", unknown))
-        for env in ({}, {"SSL_CERT_FILE": str(other_lab().certs / "ca.crt")}):
-            with self.serving(env=env) as server:
-                for context, alert, _ in cases:
-                    with (self.subTest(alert, **env), self.assertRaisesRegex(ssl.SSLError, alert),
-                          Talk(server.connect(context=context)) as talk):
-                        talk.ask("GET", "/todo")
-                lines = server.stderr.wait_for(lambda lines: len(lines) >= len(cases))
-                for line, (*_, reason) in zip(lines, cases, strict=True):
-                    self.assertRegex(line, rf"^\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| {reason}$")
+        with self.serving(env={"SSL_CERT_FILE": str(other_lab().certs / "ca.crt")}) as server:
+            for number, (context, alert, reason) in enumerate(cases, 1):
+                with (self.subTest(alert), self.assertRaisesRegex(ssl.SSLError, alert),
+                      Talk(server.connect(context=context)) as talk):
+                    talk.ask("GET", "/todo")
+                self.assertRegex(server.stderr.wait_for(has_lines(number))[-1],
+                                 rf"^\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| {reason}$")
 
 
 class TestWhoMayComeIn(HttpCase):
@@ -183,22 +126,23 @@ class TestWhoMayComeIn(HttpCase):
 
     def test_allowed_names(self) -> None:
         """--allow-cn replaces the list, and wins over MTLS_ALLOWED_CNS; both take several names."""
-        cases: list[tuple[list[str], dict[str, str | None], dict[str, int]]] = [
-            (["--allow-cn", "mtls-client", "mallory"], {}, {"client": 200, "mallory": 200}),
-            (["--allow-cn", "mtls-client,mallory"], {}, {"client": 200, "mallory": 200}),
-            (["--allow-cn", "mallory"], {"MTLS_ALLOWED_CNS": "mtls-client"}, {"client": 403, "mallory": 200}),
-            (["--allow-cn", "mallory", "--allow-cn", "mtls-client"], {}, {"client": 200, "mallory": 200}),
-            (["--allow-cn", "two words, mallory"], {}, {"two words": 200, "mallory": 200, "client": 403}),
-            ([], {"MTLS_ALLOWED_CNS": "mallory, other"}, {"client": 403, "mallory": 200}),
-            ([], {"MTLS_ALLOWED_CNS": "mtls-client mallory"}, {"client": 200, "mallory": 200}),
-            ([], {"MTLS_ALLOWED_CNS": ""}, {"client": 200, "mallory": 403}),
+        two = "client mallory"
+        cases: list[tuple[list[str], dict[str, str | None], str]] = [
+            (["--allow-cn", "mtls-client", "mallory"], {}, two),
+            (["--allow-cn", "mtls-client,mallory"], {}, two),
+            (["--allow-cn", "mallory", "--allow-cn", "mtls-client"], {}, two),
+            (["--allow-cn", "two words, mallory"], {}, "two-words mallory"),
+            (["--allow-cn", "mallory"], {"MTLS_ALLOWED_CNS": "mtls-client"}, "mallory"),
+            ([], {"MTLS_ALLOWED_CNS": "mallory, other"}, "mallory"),
+            ([], {"MTLS_ALLOWED_CNS": "mtls-client mallory"}, two),
+            ([], {"MTLS_ALLOWED_CNS": ""}, "client"),
         ]
-        issue(lab(), "two words", "/CN=two words")
-        for arguments, env, statuses in cases:
+        issue(lab(), "two-words", "/CN=two words")
+        for arguments, env, admitted in cases:
             with self.subTest(arguments=arguments, env=env), Server(lab(), *arguments, env=env) as server:
-                for certificate, status in statuses.items():
+                for certificate in "client", "mallory", "two-words":
                     with Talk(server.connect(certificate)) as talk:
-                        self.assert_sound(talk.ask("GET", "/todo"), status)
+                        self.assert_sound(talk.ask("GET", "/todo"), 200 if certificate in admitted.split() else 403)
 
     def test_a_certificate_needs_exactly_one_common_name(self) -> None:
         """None, two, another spelling, or one that nobody can read: 403, logged so that nothing can be forged."""
@@ -229,7 +173,6 @@ class TestWhoMayComeIn(HttpCase):
                     self.assertEqual(line, [
                         f"[SERVER] REQUEST | peer=127.0.0.1 | cert-CN={name!r} | \"GET /todo HTTP/1.1\" 403 -",
                         f"[SERVER] FORBIDDEN | CN={name!r} | not in the allowed list{admit}"])
-
 
     def test_an_expired_certificate(self) -> None:
         """It gets no answer in a resumed session or a kept connection, where TLS does not look at the dates again."""
@@ -263,38 +206,27 @@ def has_lines(number: int) -> Callable[[list[str]], bool]:
     return lambda lines: len(lines) >= number
 
 
-def path_and_method_cases() -> Iterator[Case]:
-    """404, 405, 501, and what is the list all the same."""
-    for method in METHODS:
-        yield Case(f"{method} of an unknown path", request(method, "/nothing"), 404, says="path")
-    for path in ("/", "/todo/", "/todo/1", "/TODO", "/nothing?/todo", "//todo", "//localhost/todo", "*",
-                 "https://localhost:8443/", "https://localhost:8443", "https://localhost:8443/nothing",
-                 "https://[/todo"):
-        yield Case(f"GET of {path}", request("GET", path), 404, says="path")
-    for target in ("/todo?", "/todo?page=2&x=/nothing", "https://localhost:8443/todo", "https://[::1]/todo?x=y"):
-        yield Case(f"GET of {target}", request("GET", target), 200, closes=False)
-        yield Case(f"HEAD of {target}", request("HEAD", target), 200, closes=False)
-        yield Case(f"POST of {target}", request("POST", target, todo(task="x")), 201, closes=False)
-    for method in METHODS[3:]:
-        yield Case(f"{method} of /todo", request(method, "/todo"), 405, says="method")
+def refusal_cases() -> Iterator[Case]:
+    """Which rule an answer names, in the order in which they are judged; `reference` has more of it."""
+    for path in ("/", "/todo/", "/TODO", "/nothing?/todo", "//localhost/todo", "*", "https://localhost:8443/nothing"):
+        for method in "GET", "HEAD", "POST", "PUT", "BREW":
+            yield Case(request(method, path, b"{"), 404, says="^path: ")
+    for method in ("PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "CONNECT"):
+        yield Case(request(method, "/todo", b"{", Content_Length="x"), 405, says="^method: must be GET, HEAD or POST$")
     for method in ("BREW", "get", "GETT", "__class__", "M-SEARCH"):
-        yield Case(f"the unknown method {method}", request(method, "/todo"), 501)
-
-
-def content_type_cases() -> Iterator[Case]:
-    """A browser can be made to send a form, but not JSON."""
-    for kind in ("application/json; charset=utf-8", "Application/JSON", 'application/json;charset="utf-8"'):
-        yield Case(f"a POST of {kind}", request("POST", "/todo", todo(task="x"), Content_Type=kind), 201, closes=False)
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x",
-                 "application/jsonx", "application/json-patch+json", "text/plain; application/json", "text/json",
-                 "json", "*/*", "", " ", "application/json/x", "text/plain, application/json"):
-        for body in (todo(task="never stored"), HIDDEN):
-            yield Case(f"a POST of {kind!r} with the body {body!r}",
-                       request("POST", "/todo", body, Content_Type=kind), 415, says="Content-Type: application/json")
-    for kinds in (["application/json", "text/plain"], ["text/plain", "application/json"]):
+        yield Case(request(method, "/todo", b"{", Content_Length="x"), 501, says="^method: is unknown$")
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "", "json",
+                 "application/jsonx", "application/json-patch+json", "application/json/x", "text/json", "*/*",
+                 "text/plain; application/json", "text/plain, application/json"):   # browsers can be made to
+        for length in "1", "65537":
+            yield Case(request("POST", "/todo", b"{", Content_Type=kind, Content_Length=length, Expect="100-continue"),
+                       415, True, "^header: must be Content-Type: application/json$")
+    for kinds in ["text/plain", "application/json"], ["application/json", "text/plain"], []:
         fields = [f"Content-Type: {kind}" for kind in kinds]
-        yield Case(f"a POST of {kinds}", head("POST /todo HTTP/1.1", HOST, *fields, HIDDEN_LENGTH) + HIDDEN, 415)
-    yield Case("a POST without Content-Type", head("POST /todo HTTP/1.1", HOST, HIDDEN_LENGTH) + HIDDEN, 415)
+        yield Case(get(*fields, "Content-Length: 13", line="POST /todo HTTP/1.1") + todo(task="x"), 415, True)
+    for kind in ("application/json; charset=utf-8", "Application/JSON", 'application/json;charset="utf-8"'):
+        yield Case(request("POST", "/todo", todo(task="x"), Content_Type=kind), 201, closes=False)
+    yield Case(request("POST", "/todo", b"{" * 65_537), 413, True)
 
 
 def validation_cases() -> Iterator[Case]:
@@ -302,9 +234,8 @@ def validation_cases() -> Iterator[Case]:
     lists, many = b"[" * 100 + b"1" + b"]" * 100, b'{"task": "x", "other": %s}'
     bodies: dict[str, list[bytes]] = {
         "body: .*JSON": [
-            b"", b"{", b'{"task": "x"} x', b"{'task': 'x'}", b'{"task": "a\nb"}', b"task=x", HIDDEN,
-            b'\xef\xbb\xbf{"task": "x"}', b'{"task": NaN}', many % b"NaN", many % b"[-Infinity]",
-            many % (b"1" * 10_000)],
+            b"", b"{", b'{"task": "x"} x', b"{'task': 'x'}", b'{"task": "a\nb"}', b"task=x",
+            b'\xef\xbb\xbf{"task": "x"}', many % b"NaN", many % b"[-Infinity]", many % (b"1" * 10_000)],
         "body: .*UTF-8": [
             '{"task": "Añadir"}'.encode("latin-1"), '{"task": "x"}'.encode("utf-16"), b'{"task": "\xed\xa0\x80"}'],
         "^body: nested more than 100 levels deep$": [
@@ -322,48 +253,7 @@ def validation_cases() -> Iterator[Case]:
     }
     for says, wrong in bodies.items():
         for body in wrong:
-            yield Case(f"the {len(body)} bytes {body[:80]!r}", request("POST", "/todo", body), 400, says=says)
-
-
-def order_cases() -> Iterator[Case]:
-    """Requests with several faults get the answer to the one that is judged first (as an allowed client)."""
-    large, unsound, text = "Content-Length: 65537", "Content-Length: five", "Content-Type: text/plain"
-    for what, method, path, fields, status in (
-            ("a broken header, an unknown method and path", "BREW", "/nothing", ["x"], 400),
-            ("an unknown method and path", "BREW", "/nothing", [], 404),
-            ("an unknown path and a wrong method", "PUT", "/nothing", [], 404),
-            ("an unknown path and an unsound length", "POST", "/nothing", [unsound], 404),
-            ("an unknown path and no length", "POST", "/nothing", [], 404),
-            ("an unknown path and a large body", "POST", "/nothing", [large], 404),
-            ("a wrong method and an unsound length", "PUT", "/todo", [unsound], 405),
-            ("a wrong method and a large body", "PUT", "/todo", [large], 405),
-            ("an unsound length and a wrong Content-Type", "POST", "/todo", [unsound, text], 400),
-            ("a wrong Content-Type and no length", "POST", "/todo", [text], 415),
-            ("a wrong Content-Type and a large body", "POST", "/todo", [text, large], 415),
-            ("a large body that never comes", "POST", "/todo", [JSON, large], 413)):
-        yield Case(what, head(f"{method} {path} HTTP/1.1", HOST, *fields), status)
-    yield Case("an unknown path and a broken body", request("POST", "/nothing", b"{"), 404)
-    yield Case("a wrong method and a broken body", request("PATCH", "/todo", b"{"), 405)
-    yield Case("a large and broken body", request("POST", "/todo", b"{" * (MAX_BODY + 1)), 413)
-    yield Case("a wrong Content-Type and a broken body", request("POST", "/todo", b"{", Content_Type="text/plain"), 415)
-
-
-def forbidden_cases() -> Iterator[Case]:
-    """What a client hears whose CN is not allowed: 403, unless its request cannot be read at all."""
-    for method in (*METHODS, "BREW"):
-        for path in ("/todo", "/nothing"):
-            yield Case(f"mallory's {method} of {path}", request(method, path), 403, says="mallory")
-    for method in ("GET", "POST", "PUT", "BREW"):
-        for fields in (["Content-Length: 65537"], ["Content-Length: five"], ["Transfer-Encoding: chunked"],
-                       [HIDDEN_LENGTH], ["Content-Length: 0", HIDDEN_LENGTH], [HIDDEN_LENGTH, "Expect: 100-continue"]):
-            yield Case(f"mallory's {method} with {' and '.join(fields)} and a request as body",
-                       head(f"{method} /todo HTTP/1.1", HOST, *fields) + HIDDEN, 403, says="mallory")
-    yield Case("mallory's POST of a broken body", request("POST", "/todo", b"{"), 403, says="mallory")
-    yield Case("mallory's sound POST", request("POST", "/todo", todo(task="x")), 403, says="mallory")
-    yield from request_line_cases()
-    yield Case("mallory's request without Host", head("GET /todo HTTP/1.1"), 400, True)
-    yield Case("mallory's broken header", head("GET /todo HTTP/1.1", HOST, "x"), 400, True)
-    yield Case("mallory's 101 headers", head("GET /todo HTTP/1.1", *(f"X-{n}: y" for n in range(101))), 431, True)
+            yield Case(request("POST", "/todo", body), 400, closes=False, says=says)
 
 
 class TestEndpoints(HttpCase):
@@ -371,33 +261,35 @@ class TestEndpoints(HttpCase):
 
     def test_cases(self) -> None:
         """Each request gets its answer, is logged once, and adds to the list only what it should."""
-        self.assert_cases((*path_and_method_cases(), *content_type_cases(), *validation_cases(), *order_cases()))
-        self.assert_cases(forbidden_cases(), "mallory")
+        self.assert_cases((*refusal_cases(), *validation_cases()))
+
+    def test_who_is_not_on_the_list(self) -> None:
+        """Hears 403 whatever the request is, if it can be read."""
+        cases = (get(), request("POST", "/todo", todo(task="x")), *(case.data for case in refusal_cases()))
+        self.assert_cases((Case(data, 403, says="CN .mallory. is not in the") for data in cases), "mallory")
+        self.assert_cases([Case(get("x"), 400, True), Case(b"hello\r\n\r\n", 400, True)], "mallory")
 
     def test_items_that_are_accepted(self) -> None:
         """A POST answers with the item as it is on the list from then on."""
-        items: dict[str, dict[str, Any]] = {
-            "a task with ñ": {"task": "Añadir endpoint POST"},
-            "a done task": {"task": "x", "done": True},
-            "a task that is not done": {"task": "x", "done": False},
-            "a task with spaces around it": {"task": "  x \n"},
-            "a task of 1,000 characters of 4 bytes": {"task": "\U0001f600" * 1000},
-            "a task of control characters": {"task": "\x00\x07\x1b[2J\x7f\x85\u2028\u202e"},
-            "a task that looks like JSON": {"task": '{"task": "\\"}'},
-            "a task of 1,000 brackets": {"task": '\\"' + "[" * 500 + "{" * 498},
-            "unknown fields": {"task": "x", "id": 1, "other": ["y"], "Done": "z"},
-            "100 levels": {"task": "x", "other": json.loads("[" * 99 + "]" * 99)},
-            "many lists side by side": {"task": "x", "other": [[]] * 1000},
-        }
+        items: tuple[dict[str, Any], ...] = (
+            {"task": "Añadir endpoint POST"}, {"task": "  x \n"},
+            {"task": "x", "done": True}, {"task": "x", "done": False},
+            {"task": "\U0001f600" * 1000},   # 4,000 bytes
+            {"task": "".join(map(chr, (*range(0x100), *range(0x2020, 0x2070), 0xfeff)))},
+            {"task": '{"task": "\\"}'}, {"task": '\\"' + "[" * 500 + "{" * 498},
+            {"task": "x", "id": 1, "other": ["y"], "Done": "z"},
+            {"task": "x", "other": json.loads("[" * 99 + "]" * 99)},   # 100 levels
+            {"task": "x", "other": [[]] * 1000},
+        )
         server = CalledServer()
-        for (what, item), ascii_only in itertools.product(items.items(), (True, False)):
-            with self.subTest(f"{what} is stored as given", escaped=ascii_only):
+        for item, ascii_only in itertools.product(items, (True, False)):
+            with self.subTest(f"{str(item)[:80]} is stored as given", escaped=ascii_only):
                 body = json.dumps(item, ensure_ascii=ascii_only).encode()
                 before, answer, after = server.answers(get(), request("POST", "/todo", body), get())
                 self.assert_sound(answer, 201)
                 known = before.json["todos"]
                 stored = {"id": len(known) + 1, "task": item["task"], "done": item.get("done", False)}
-                self.assertEqual(answer.json["todo"], stored)
+                self.assertEqual(answer.json, {"client": "mtls-client", "message": "TODO item created", "todo": stored})
                 self.assert_sound(after, 200)
                 self.assertEqual(after.json["todos"], [*known, stored])
 
@@ -410,87 +302,56 @@ class TestEndpoints(HttpCase):
         self.assert_sound(full, 507)
         self.assertRegex(full.json["error"], "full.*1,?000")
         self.assert_sound(empty, 400)
-        todos = listing.json["todos"]
-        self.assertEqual([item["id"] for item in todos], list(range(1, 1001)))
-        self.assertEqual({item["task"] for item in todos[5:]}, {"one of many"})
-
-    def test_who_does_not_read_a_long_list(self) -> None:
-        """200 of them share one copy of 6 MB, and it is encrypted only as far as they read; the others are served."""
-        long = request("POST", "/todo", todo(task="\u202e" * 1000))
-        with self.serving() as server, contextlib.ExitStack() as held:
-            with Talk(server.connect()) as talk:
-                for _ in range(5):
-                    talk.send(long * 199)
-                    self.assertEqual({talk.answer().status for _ in range(199)}, {201})
-                listing = talk.ask("GET", "/todo").body
-                self.assertGreater(len(listing), 6_000_000)   # more than the kernel's buffers take
-            talks = [held.enter_context(Talk(server.connect())) for _ in range(200)]
-            for talk in talks:
-                talk.connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)   # the kernel reads, too
-                talk.send(get())
-            for talk in talks:   # all have begun to be answered
-                self.assertEqual(talk.file.peek(1)[:12], b"HTTP/1.1 200")
-            self.assertEqual(talks[-1].answer().body, listing)
-            self.assert_served(server)
-            self.assertLess(server.peak_memory(), 150)
+        self.assertEqual([(item["id"], item["task"]) for item in listing.json["todos"][5:]],
+                         [(number, "one of many") for number in range(6, 1001)])
 
 
-class TestLog(ServerCase):
+class TestLog(HttpCase):
     """What the server writes to stderr."""
 
     seconds = 6
 
     def test_the_lines_of_each_request(self) -> None:
-        """As the description shows them: 200 and 201 have their lines, 403 its reason, all else REQUEST alone.
+        """As the description shows them: 200 and 201 have their lines (for 403 see above), all else REQUEST alone.
 
         Where ñ cannot be shown, the log has an escape instead.
         """
-        def line(status: int, what: str, name: str = "mtls-client") -> str:
-            return f"[SERVER] REQUEST | peer=127.0.0.1 | cert-CN='{name}' | \"{what}\" {status} -"
-
-        serving = "[SERVER] AUTHENTICATED | CN='mtls-client' | serving /todo"
-        creating = "[SERVER] AUTHENTICATED | CN='mtls-client' | creating TODO"
-        created = "[SERVER] TODO CREATED | CN='mtls-client' | item="
-        script: list[tuple[str, str, bytes | None, list[str]]] = [
-            ("POST", "/todo", todo(task="Añadir endpoint POST"), [line(201, "POST /todo HTTP/1.1"), creating,
-             created + "{'id': 6, 'task': 'Añadir endpoint POST', 'done': False}"]),
-            ("GET", "/todo", None, [line(200, "GET /todo HTTP/1.1"), serving]),
-            ("GET", "/todo?x=%20y", None, [line(200, "GET /todo?x=%20y HTTP/1.1"), serving]),
-            ("HEAD", "/todo", None, [line(200, "HEAD /todo HTTP/1.1"), serving]),
-            ("GET", "/nothing", None, [line(404, "GET /nothing HTTP/1.1")]),
-            ("DELETE", "/todo", None, [line(405, "DELETE /todo HTTP/1.1")]),
-            ("POST", "/todo", b"{", [line(400, "POST /todo HTTP/1.1")]),
-            ("BREW", "/todo", None, [line(501, "BREW /todo HTTP/1.1")]),
-        ]
-        expected = [one for *_, lines in script for one in lines] + [
-            line(403, "GET /nothing HTTP/1.1", "mallory"),
-            "[SERVER] FORBIDDEN | CN='mallory' | not in the allowed list; to admit: --allow-cn mtls-client 'mallory'"]
+        serving = "AUTHENTICATED | CN='mtls-client' | serving /todo"
+        script: tuple[tuple[str, str, bytes | None, int, list[str]], ...] = (
+            ("POST", "/todo", todo(task="Añadir endpoint POST"), 201, [
+                "AUTHENTICATED | CN='mtls-client' | creating TODO",
+                "TODO CREATED | CN='mtls-client' | item={'id': 6, 'task': 'Añadir endpoint POST', 'done': False}"]),
+            ("GET", "/todo", None, 200, [serving]),
+            ("GET", "/todo?x=%20y", None, 200, [serving]),
+            ("HEAD", "/todo", None, 200, [serving]),
+            ("GET", "/nothing", None, 404, []),
+            ("DELETE", "/todo", None, 405, []),
+            ("POST", "/todo", b"{", 400, []),
+            ("BREW", "/todo", None, 501, []),
+        )
+        expected = [f"[SERVER] {line}" for method, path, _, status, more in script for line in (
+            f"REQUEST | peer=127.0.0.1 | cert-CN='mtls-client' | \"{method} {path} HTTP/1.1\" {status} -", *more)]
         for env, letter in (({"LC_ALL": "C"}, "ñ"), ({"PYTHONIOENCODING": "ascii"}, r"\xf1")):
             with self.subTest(env), self.serving(env=env) as server:
                 with Talk(server.connect()) as talk:
-                    for method, path, body, _ in script:
+                    for method, path, body, *_ in script:
                         talk.ask(method, path, body)
-                with Talk(server.connect("mallory")) as talk:
-                    talk.ask("GET", "/nothing")
-                self.assertEqual(server.stderr.wait_for(lambda lines: len(lines) >= len(expected)),
+                self.assertEqual(server.stderr.wait_for(has_lines(len(expected))),
                                  [one.replace("ñ", letter) for one in expected])
 
     def test_no_peer_can_forge_a_line_or_drive_a_terminal(self) -> None:
-        """Control characters are escaped in a task and in a common name (for request lines see test_strict_http)."""
+        """Control characters are escaped in a task and in a name (for request lines see test_strict_http)."""
         name = "nasty\r\n" + FORGED + "\x1b[2J\x9b\u202e\u2028|"
-        issue(lab(), "nasty", f"/CN={name}")
         bad = (*NASTY, "\n", "\r\n", "\u2028", "\u2029", "\u202e", "\ufeff", "\U000e0001")
-        with self.serving("--allow-cn", "mtls-client", name) as server:
-            for certificate in ("client", "nasty"):
-                with Talk(server.connect(certificate)) as talk:
-                    for text in bad:
-                        answer = talk.ask("POST", "/todo", todo(task=f"a{text}{FORGED}"))
-                        self.assertEqual(answer.status, 201, repr(text))
-            lines = server.stderr.wait_for(lambda lines: len(lines) >= 6 * len(bad))
-            self.assertEqual(len(lines), 6 * len(bad), "there should be no line more")
-            for line in lines:
-                self.assertRegex(line, r"^\[SERVER\] (REQUEST|AUTHENTICATED|TODO CREATED) \| ")
-                self.assertTrue(line.isprintable(), f"a control character is in {line!r}")
+        server = CalledServer()
+        server.allowed_cns.append(name)
+        for client, text in itertools.product(("mtls-client", name), bad):
+            answer, = server.answers(request("POST", "/todo", todo(task=f"a{text}{FORGED}")), name=client)
+            self.assert_sound(answer, 201)
+        self.assertEqual(len(server.lines), 6 * len(bad), "there should be no line more")
+        for line in server.lines:
+            self.assertRegex(line, r"^(REQUEST|AUTHENTICATED|TODO CREATED) \| ")
+            self.assertTrue(line.isprintable(), f"a control character is in {line!r}")
 
     def test_64_clients_at_once(self) -> None:
         """Of two names, and POSTs and GETs mixed: all see one list with ids without gaps, and log lines stay whole."""
@@ -502,12 +363,8 @@ class TestLog(ServerCase):
             ids: list[int] = []
             with Talk(server.connect(certificate)) as talk:
                 start.wait(PATIENCE)
-                for turn in range(rounds):
-                    task = f"{number}.{turn} " + "x" * 900
-                    answer = talk.ask("POST", "/todo", todo(task=task)).json
-                    ids.append(answer["todo"]["id"])
-                    self.assertEqual(answer, {"client": name, "message": "TODO item created",
-                                              "todo": {"id": ids[-1], "task": task, "done": False}})
+                for _ in range(rounds):
+                    ids.append(talk.ask("POST", "/todo", todo(task=f"{number}. " + "x" * 900)).json["todo"]["id"])
                     answer = talk.ask("GET", "/todo").json
                     self.assertEqual(answer["client"], name)
                     todos = answer["todos"]
@@ -524,10 +381,7 @@ class TestLog(ServerCase):
             self.assertEqual(re.sub("REQUEST AUTHENTICATED( TODO CREATED)? ?", "", words), "", "an entry stays whole")
 
     def test_it_keeps_up(self) -> None:
-        """Of what 128 clients ask for without a pause, no entry is dropped if the log is read.
-
-        Its reader is as slow as a terminal: it needs a moment for each write (of 4 KB at most).
-        """
+        """No entry of 128 clients is dropped if the log is read, even if each 4 KB take a moment, as in a terminal."""
         clients, rounds = 128, 50
         reader, writer = os.pipe2(os.O_DIRECT) if sys.platform == "linux" else os.pipe()
         with Server(lab(), stderr=writer) as server, contextlib.ExitStack() as held:
@@ -544,12 +398,12 @@ class TestLog(ServerCase):
         said = collections.Counter(line.split(" | ")[-1] for line in log.all())
         self.assertEqual(said, dict.fromkeys(('"GET /todo HTTP/1.1" 200 -', "serving /todo"), clients * rounds))
 
-    def ask_unread(self, server: Server, talk: Talk, requests: int) -> None:
+    def ask_unread(self, server: Server, talk: Talk, requests: int, status: int = 200) -> None:
         """Nobody reads the log while so many requests are answered; each has its number."""
         server.stderr.reading.clear()
         for first in range(0, requests, 100):
             talk.send(b"".join(request("GET", f"/todo?n={n}") for n in range(first, first + 100)))
-            self.assertEqual({talk.answer().status for _ in range(100)}, {200})
+            self.assertEqual({talk.answer().status for _ in range(100)}, {status})
 
     def assert_logged_or_counted(self, lines: list[str], requests: int, at_least: int) -> None:
         """Entries are whole and in order; those that are not there are counted exactly."""
@@ -578,10 +432,7 @@ class TestLog(ServerCase):
         sign_again("long name", rb"\x06\x03\x55\x04\x0d", b"\x06\x03\x55\x04\x03")
         with self.serving() as server, Talk(server.connect("long name")) as talk:
             before = server.peak_memory()
-            server.stderr.reading.clear()
-            for _ in range(15):
-                talk.send(get() * 100)
-                self.assertEqual({talk.answer().status for _ in range(100)}, {403})
+            self.ask_unread(server, talk, 1500, status=403)
             self.assertLess(server.peak_memory() - before, 10)
             server.stderr.reading.set()
             for line in server.stderr.wait_for("LOG | "):
@@ -617,27 +468,21 @@ class TestLog(ServerCase):
             self.assert_logged_or_counted(server.stderr.all(), 2000, at_least=100)
 
 
-class TestStart(ServerCase):
+class TestStart(HttpCase):
     """What it says when it starts, and a server that cannot start says in one line what to do."""
-
-    def refusal(self, result: subprocess.CompletedProcess[str], code: int = 1) -> str:
-        """What a server says that does not start and exits with this code: one ERROR line if it is 1."""
-        self.assertEqual((result.returncode, result.stdout), (code, ""), result.stderr)
-        if code == 1:
-            self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z")
-        return result.stderr
 
     def test_greeting_and_end(self) -> None:
         """As the description shows them. What it says of an address can be reached and verified; IPv6 has brackets."""
-        for host, connect_to, number in (("127.0.0.1", "127.0.0.1", signal.SIGTERM), ("::1", "::1", signal.SIGINT),
-                                         ("0.0.0.0", "127.0.0.1", signal.SIGINT),
-                                         ("::", "::1", signal.SIGTERM)):
+        for host, connect_to, number in (
+                ("127.0.0.1", "127.0.0.1", signal.SIGTERM), ("::1", "::1", signal.SIGINT),
+                ("0.0.0.0", "127.0.0.1", signal.SIGINT), ("::", "::1", signal.SIGTERM)):
             with self.subTest(host):
                 if ":" in host and not has_ipv6():
                     self.skipTest("this machine has no IPv6")
                 with Server(lab(), "--host", host) as server:
-                    lines = [one.format(host=f"[{host}]" if ":" in host else host, port=server.port)
-                             for one in GREETING]
+                    shown = f"[{host}]" if ":" in host else host
+                    lines = [f"[SERVER] mTLS server listening on https://{shown}:{server.port}",
+                             "[SERVER] Requiring client cert signed by: ca.crt", "[SERVER] Press Ctrl+C to stop."]
                     if host in ("0.0.0.0", "::"):
                         lines.insert(-1, line := server.stdout.now()[-2])
                         self.assertRegex(line, r"^\[SERVER\] On this machine, clients connect to: https://\S+:\d+$")
@@ -655,7 +500,8 @@ class TestStart(ServerCase):
 
     def test_settings(self) -> None:
         """What makes no sense is refused with exit code 2; a busy port, and a host that is none or not ours, with 1."""
-        with Server(lab()) as server:
+        unused: dict[str, str | None] = {"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}   # flags win
+        with Server(lab(), "--host", "127.0.0.1", "--port", "0", env=unused) as server:
             busy = ("(address already in use); stop the program that uses this port, or take another one, in both "
                     "terminals: export MTLS_SERVER_PORT=8444")
             cases: list[tuple[list[str], dict[str, str | None], int, str]] = [
@@ -665,21 +511,19 @@ class TestStart(ServerCase):
                 (["--allow-cn"], {}, 2, ""), (["--nonsense"], {}, 2, ""), (["extra"], {}, 2, ""),
                 ([], {"MTLS_ALLOWED_CNS": ","}, 2, "MTLS_ALLOWED_CNS"),
                 ([], {"MTLS_SERVER_PORT": "banana"}, 2, "MTLS_SERVER_PORT: 'banana' is no port (0 to 65535)"),
-                ([], {"MTLS_SERVER_PORT": "99999"}, 2, "MTLS_SERVER_PORT: '99999' is no port (0 to 65535)"),
                 *((["--port", "0", "--host", host], {}, 1, "--host") for host in (
                     "no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "2001:db8::1")),
                 (["--port", "0"], {"MTLS_SERVER_HOST": "192.0.2.1"}, 1, "--host"),
-                (["--port", str(server.port)], {"MTLS_SERVER_PORT": "0"}, 1, busy),   # a flag wins
+                (["--port", str(server.port)], {"MTLS_SERVER_PORT": "0"}, 1, busy),
                 ([], {"MTLS_SERVER_PORT": str(server.port)}, 1, busy),
             ]
             results = side_by_side(lambda case: lab().run("server/server.py", *case[0], env=case[1]), cases)
             for (arguments, env, code, words), result in zip(cases, results, strict=True):
                 with self.subTest(arguments=arguments, env=env):
-                    self.assertIn(words if code == 1 else f"server.py: error: {words}", self.refusal(result, code))
+                    self.assertEqual((result.returncode, result.stdout), (code, ""))
+                    self.assertIn(words if code == 1 else f"server.py: error: {words}", result.stderr)
+                    self.assertRegex(result.stderr, r"\A\[SERVER\] ERROR: [^\n]+\n\Z" if code == 1 else r"\Ausage: ")
             self.assert_served(server)
-        with Server(lab(), "--host", "127.0.0.1", "--port", "0",
-                    env={"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}):
-            pass   # a flag wins also over what makes no sense
 
     def test_reader_that_leaves(self) -> None:
         """A server whose output's reader has left ends without a traceback."""

@@ -580,10 +580,10 @@ class TestCapacity(ServerCase):
                 reader.send(GET)
                 self.assertFalse(is_silent(reader, PATIENCE))
             held.close()
-            for _ in range(5):
+            for number in range(20):
                 reader = server.connect()
                 reader.sendall(GET * 100)
-                for _ in range(800):   # so it takes about three of them
+                for _ in range(300 + 20 * number):   # of 260 that are an answer
                     reader.recv(16384)
                 reset(reader)
             self.assert_served(server)

@@ -196,7 +196,7 @@ class TodoHandler(StrictHandler):
         self.body_length()   # refuses what could hide a second request, even where no body is expected
         if self.command == "POST":
             # Any web page can make a browser that holds our PFX send a form, but not JSON.
-            types = [value.partition(";")[0].strip().lower() for value in self.fields.get("content-type", [])]
+            types = [value.partition(";")[0].strip(" \t").lower() for value in self.fields.get("content-type", [])]
             if types != ["application/json"]:
                 raise Refusal(HTTPStatus.UNSUPPORTED_MEDIA_TYPE, "header: must be Content-Type: application/json")
             self.accept_body(MAX_BODY)

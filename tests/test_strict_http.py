@@ -340,7 +340,8 @@ PARTS = {
     "Host": ("Host:|host: \t", "Host :|Hos:|"),
     "name": ("localhost|LOCALHOST:080|127.0.0.1:8443|[::1]|[::1]:8443|lab_1.example|a.b:1||:",
              'a b|a\tb|::1|[::1|[::1]x|[x y]|[g]|a/b|a?b|a#b|a@b|<a>|a\\b|"a"|\xe9|a, b|a:b|a:1:1|a:-1|http://a'),
-    "type": ("Content-Type: application/json", "Content-Type: Application/JSON;x|Content-Type: text/plain|X: y"),
+    "type": ("Content-Type: application/json", "Content-Type: Application/JSON;x|Content-Type: text/plain|X: y|"
+             "Content-Type: application/json\xa0"),
     "Length": ("Content-Length: \t|CONTENT-LENGTH:", "Transfer-Encoding: |X: |\xe9: "),
     "length": ("=|=|=|=\t|65537", "1=|12|65536|999999999999999999999999999999|-1|5, 5|5, 6|,5|,||00|+5|5 5|5;|5.0|5e0|"
                "0x5|1_0|five|\xb2|5\xa0|\xa05|5\x85"),

@@ -5,7 +5,7 @@
 # into place, so a run that fails or is interrupted changes nothing.
 #
 # Needs OpenSSL 1.1.1+ or LibreSSL 3.3+, and bash 3.2+ (the one on macOS).
-case ${BASH_VERSION:-} in '') echo 'gen_certs.sh: needs bash; run it with: bash certs/gen_certs.sh' >&2; exit 1 ;; esac
+case ${BASH_VERSION:-} in '') echo "gen_certs.sh: needs bash; run it with: bash $0${*:+ $*}" >&2; exit 1 ;; esac
 # Restart with -p, so that nothing inherited (SHELLOPTS, BASH_ENV, exported functions) changes
 # what the commands below mean. To watch them: bash -xp certs/gen_certs.sh
 # (POSIXLY_CORRECT makes exec and unset immune to inherited functions, too.)
@@ -15,19 +15,24 @@ set -euo pipefail +o posix   # posix mode is on where sh is bash, as on macOS
 umask 077   # keys are private from the moment they exist; LibreSSL makes them readable by all
 LC_ALL=C    # A-Z means these 26 letters only, in every locale and bash
 
+# Messages call this folder what the user calls it, so their commands work as they are printed.
+folder=$(dirname -- "$0") certs=$(cd -- "$folder" && pwd -P)
+[ "$folder" != . ] || folder=../${certs##*/}
+printf -v here %q "$folder"
+self="bash $here/gen_certs.sh"
+
 usage() {
   cat <<'TEXT'
-usage: bash certs/gen_certs.sh                make the CA and the certificates of server and client
-       bash certs/gen_certs.sh client NAME    make a certificate for one more client, CN = NAME
-       bash certs/gen_certs.sh renew [NAME]   renew server's and client's, or NAME's certificate
-       bash certs/gen_certs.sh --help         print this
+usage: bash certs/gen_certs.sh                certificates of CA, server, client
+       bash certs/gen_certs.sh client NAME    one for another client, CN = NAME
+       bash certs/gen_certs.sh renew [NAME]   new ones for both, or for NAME
+       bash certs/gen_certs.sh --help         this text
 
-Without arguments it replaces the whole set, CA included. renew keeps the CA and the keys,
-and makes what is missing; NAME is server, client or another client. The new server.crt has
-the names under alt_names in server.cnf. A forgotten PFX password? renew makes a new PFX.
-
-Password of the PFX: asked for on a terminal, taken from MTLS_PFX_PASSWORD if that is set,
-otherwise made up and printed at the end.
+Without arguments it replaces the whole set, CA included. renew keeps the CA
+and the keys, and makes what is missing; NAME is server, client or another
+client. The new server.crt has the names under alt_names in server.cnf.
+A forgotten PFX password? renew makes a new PFX. The password is asked for on a
+terminal, taken from MTLS_PFX_PASSWORD if that is set, or made up and printed.
 TEXT
 }
 
@@ -43,20 +48,20 @@ command=${1:-set} name=${2:-} server=server client=client
 case $#:${1:-} in
   0: | 1:renew) ;;
   1:-h | 1:--help) usage; exit 0 ;;
-  1:client) refuse 'the NAME of the client is missing; for example: bash certs/gen_certs.sh client alice' ;;
+  1:client) refuse "the NAME of the client is missing; for example: $self client alice" ;;
   2:client | 2:renew)
+    case $name in *.crt | *.csr | *.key | *.pfx) name=${name%.*} ;; esac   # as Tab completes it
     case $command:$name in
       *: | *:[.-]* | *:*[!A-Za-z0-9._-]*)
         refuse "'$name' is not a valid NAME: letters, digits, '.', '_' and '-', not starting with '.' or '-'" ;;
       renew:server) client= ;;
       renew:client) server= ;;
       *:[Cc][Aa] | *:[Ss][Ee][Rr][Vv][Ee][Rr] | *:[Cc][Ll][Ii][Ee][Nn][Tt])   # a file system may ignore case
-        [ "$command" = client ] || refuse "'$name' cannot be renewed; NAME is server, client or another client"
         refuse "'$name' belongs to the whole set; choose another NAME" ;;
       *) server='' client=$name ;;
     esac
     [ "${#name}" -le 64 ] || refuse 'a NAME has at most 64 characters (the limit of a common name)' ;;
-  *) usage >&2; refuse "cannot use these arguments: $*" ;;
+  *) refuse "cannot use these arguments: $*; see: $self --help" ;;
 esac
 leaves=(${server:+server} ${client:+"$client"})
 steps=$((${#leaves[@]} + (${#client} > 0)))
@@ -69,19 +74,18 @@ case $OSTYPE in
   *) if [ -t 0 ] && { : </dev/tty; } 2>/dev/null; then can_ask=yes; fi ;;
 esac
 
-certs=$(cd -- "$(dirname -- "$0")" && pwd -P)
-
 # cannot read|write NAME [USE]: says why. Only the owner is told to use chmod, and only with u:
 # nobody else gains access to a key by that.
+error=
 cannot() {
-  local mode who step="chmod u+${1:0:1} certs/$2"
+  local mode who step="chmod u+${1:0:1} $here/$2"
+  case $error in '' | *[Pp]ermission*) ;; *) fail "cannot $1 $here/$2${3:-}: ${error##*: }; $unchanged" ;; esac
   read -r mode _ who _ < <(ls -ld "$certs/$2")
-  [ -O "$certs/$2" ] || step="run this as $who, or have it given to you with chown"
-  fail "cannot $1 certs/$2${3:-}: it is $who's, $mode; $step"
+  [ -O "$certs/$2" ] || step="sudo chown -R \"\$(id -un)\" $here"
+  fail "cannot $1 $here/$2${3:-}: it is $who's, $mode; $step"
 }
 
-command -v openssl >/dev/null || fail 'the openssl command is missing; install OpenSSL 1.1.1+ or LibreSSL 3.3+'
-version=$(openssl version) || fail 'the openssl command does not run; install OpenSSL 1.1.1+ or LibreSSL 3.3+'
+version=$(openssl version 2>&1) || fail "openssl: ${version##*: }; install OpenSSL 1.1.1+ or LibreSSL 3.3+"
 case $version in
   'OpenSSL 0.'* | 'OpenSSL 1.0.'* | 'OpenSSL 1.1.0'* | 'LibreSSL '[0-2].* | 'LibreSSL 3.'[0-2].*)
     fail "$version is too old; install OpenSSL 1.1.1+ or LibreSSL 3.3+" ;;
@@ -91,7 +95,8 @@ esac
 
 # The kernel holds this lock for as long as this process lives: a killed run cannot leave it
 # behind, and two runs can never both have it. macOS and Git Bash have no flock, but perl.
-{ exec 9<>"$certs/gen_certs.sh"; } 2>/dev/null || cannot write gen_certs.sh ' (for the lock)'
+error=$({ : 9<>"$certs/gen_certs.sh"; } 2>&1) || cannot write gen_certs.sh ' (for the lock)'
+exec 9<>"$certs/gen_certs.sh"
 if command -v flock >/dev/null; then flock -n 9
 elif ! command -v perl >/dev/null; then fail 'neither flock nor perl is installed; install one of them, for the lock'
 else perl -e 'use Fcntl ":flock"; open(F, "+<&=", 9) && flock(F, LOCK_EX | LOCK_NB) or exit 1'
@@ -103,7 +108,7 @@ tidy_up() {
   local file
   cd "$certs" 2>/dev/null || return 0   # Windows cannot remove the current folder
   for file in .new.*/old/*; do
-    [ ! -e "$file" ] || mv -f "$file" . || fail "cannot put certs/$file back into certs/; move it yourself"
+    [ ! -e "$file" ] || mv -f "$file" . || fail "cannot put $here/$file back into $here/; move it yourself"
   done
   rm -rf .new.*
 }
@@ -113,13 +118,14 @@ stop() { trap '' HUP INT TERM; complain "interrupted; $unchanged" || :; exit "$1
 trap 'stop 129' HUP
 trap 'stop 130' INT
 trap 'stop 143' TERM
-work=$(mktemp -d "$certs/.new.XXXXXX" 2>/dev/null) || cannot write ""
+work=$(LC_ALL=C mktemp -d "$certs/.new.XXXXXX" 2>&1) || { error=$work; cannot write ""; }
 
 # What a command prints is kept in memory, because the disk may be full, and shown if it fails.
 said=
 try() { said=$(exec 9>&-; exec "$@" 2>&1); }   # 9, the lock: no child may hold it longer than we do
 run() { try openssl "$@" || give_up "${!#}"; }
 about() { openssl "$@" 2>/dev/null 9>&- | tr -d '\r'; }   # \r: a Windows openssl ends lines with it
+common_name() { about x509 -noout -subject -nameopt multiline -in "$1" | sed -n 's/^ *commonName *= //p'; }
 
 # give_up LAST: LAST is the last argument of the command that failed: the .cnf if it reads one.
 give_up() {
@@ -131,7 +137,10 @@ give_up() {
 }
 
 step='' number=0
-begin() { number=$((number + 1)); step="[$number/$steps] $1"; printf '%s\n' "$step"; }
+begin() {
+  number=$((number + 1)) step="[$number/$steps] $1"
+  printf '%s\n' "$step" 2>/dev/null || fail "cannot write to standard output; $unchanged"
+}
 
 # From here on the current folder is the temporary one. It has a certs/ of its own, so the
 # commands below are those of the page, to the letter.
@@ -141,49 +150,65 @@ made=(ca.srl)   # the files in it to be moved into place
 is_there() { [ -e "$certs/$1" ]; }
 take() {
   [ -r "$certs/$1" ] || cannot read "$1"
-  try cp "$certs/$1" certs/ || fail "cannot copy certs/$1: ${said##*: }"
+  try cp "$certs/$1" certs/ || fail "cannot copy $here/$1: ${said##*: }; $unchanged"
 }
 
 # --- What is there already -----------------------------------------------------------------
 
 for file in "$certs"/*.{key,crt,csr,pfx,srl}; do
-  [ ! -d "$file" ] || fail "certs/${file##*/} is a folder (Docker creates one for a missing mount);" \
-    "remove it: rmdir certs/${file##*/}"
+  name=${file##*/}
+  [ ! -d "$file" ] || fail "$here/$name is a folder (Docker makes them for missing files); remove it: rmdir $here/$name"
 done
 for file in ca.cnf server.cnf client.cnf; do
-  [ -f "$certs/$file" ] || fail "certs/$file is missing; restore it, for example with: git checkout certs/$file"
+  [ -f "$certs/$file" ] || fail "$here/$file is missing; restore it, for example with: git -C $here checkout $file"
   take "$file"
 done
 
+# openssl takes DNS.2 = 127.0.0.2, but no client does: such names are refused here.
+[ -z "$server" ] || while read -r key value; do
+  line=${value#*://} line=${line%%/*}
+  case $line in *:*:*) ;; *) line=${line%:*} ;; esac   # a port
+  case $line:${line//[0-9]/} in
+    :) line="$key = lab.test" ;;
+    *:... | *:*:*) line="IP.$(($(grep -c '^[[:space:]]*IP' certs/server.cnf || :) + 1)) = $line" ;;
+    *) line="$key = $line" ;;
+  esac
+  [ "$line" = "$key = $value" ] || fail "$here/server.cnf: $key = '$value' is not a host name; write instead: $line"
+done < <(sed -n 's/^[[:space:]]*\(DNS[.0-9]*\)[[:space:]]*=[[:space:]]*\([^#[:space:]]*\).*/\1 \2/p' certs/server.cnf)
+
 # take_key FILE STEP: STEP is what helps if it is no key.
 take_key() {
-  local key=certs/$1
+  local key=$here/$1 problem form
   take "$1"
-  ! grep -q ENCRYPTED "$key" || fail "$key has a password; remove it: openssl rsa -in $key -out $key"
-  if ! grep -q 'PRIVATE KEY-----' "$key" || ! try openssl pkey -in "$key" -noout; then
-    fail "$key holds no private key in PEM form; $2"
-  fi
+  if grep -q ENCRYPTED "certs/$1"; then form='' problem='has a password; remove it'
+  elif grep -q 'PRIVATE KEY-----' "certs/$1" && try openssl pkey -noout -in "certs/$1"; then return
+  elif about pkey -inform DER -noout -in "certs/$1"; then form=' -inform DER' problem='is in DER form; convert it'
+  else fail "$key holds no private key in PEM form; $2"; fi
+  fail "$key $problem: (umask 077; openssl pkey$form -in $key -out $here/new.pem) && mv $here/new.pem $key"
 }
 
 # If the CA's certificate is lost, its key can make it again, and everything that it issued stays
 # valid. If the key is lost, a new CA is the only way.
 if [ "$command" != set ]; then
-  lost='if you cannot, make a new CA and all certificates: bash certs/gen_certs.sh'
-  again='make it again from its key: openssl req -new -x509 -days 3650 -key certs/ca.key'
-  again="$again -out certs/ca.crt -config certs/ca.cnf"
-  is_there ca.crt || is_there ca.key || fail 'there is no CA yet; make it first: bash certs/gen_certs.sh'
-  is_there ca.key || fail "certs/ca.key is missing; restore it; $lost"
+  lost="if you cannot, make a new CA and all certificates: $self"
+  again="make it again from its key: openssl req -new -x509 -days 3650 -key $here/ca.key"
+  again="$again -out $here/ca.crt -config $here/ca.cnf"
+  is_there ca.crt || is_there ca.key || fail "there is no CA yet; make it first: $self"
+  is_there ca.key || fail "$here/ca.key is missing; restore it; $lost"
   take_key ca.key "restore it; $lost"
-  is_there ca.crt || fail "certs/ca.crt is missing; $again"
+  is_there ca.crt || fail "$here/ca.crt is missing; $again"
   take ca.crt
   public=$(grep -q 'BEGIN.* CERTIFICATE-----' certs/ca.crt && about x509 -noout -pubkey -in certs/ca.crt) ||
-    fail "certs/ca.crt holds no certificate in PEM form; $again"
+    fail "$here/ca.crt holds no certificate in PEM form; $again"
   if [ "$public" != "$(about pkey -pubout -in certs/ca.key)" ]; then
     [ "$(grep -c BEGIN certs/ca.crt)" = 1 ] ||   # of two CAs in it, openssl signs with the first
-      fail 'the first certificate in certs/ca.crt is not that of certs/ca.key; move that one to the top'
-    fail "certs/ca.key is not the key of certs/ca.crt; restore the one that is wrong; $lost"
+      fail "the first certificate in $here/ca.crt is not that of $here/ca.key; move that one to the top"
+    case $(about x509 -noout -text -in certs/ca.crt) in
+      *CA:TRUE*) fail "$here/ca.key is not the key of $here/ca.crt; restore the one that is wrong; $lost" ;;
+      *) fail "$here/ca.crt is not a CA certificate; $again" ;;
+    esac
   fi
-  try openssl x509 -noout -checkend 0 -in certs/ca.crt || fail "certs/ca.crt has expired; $again"
+  try openssl x509 -noout -checkend 0 -in certs/ca.crt || fail "$here/ca.crt has expired; $again"
   ! is_there ca.srl || take ca.srl
   grep -qs '^[0-9A-F]' certs/ca.srl || rm -f certs/ca.srl   # openssl makes one if there is none
 fi
@@ -192,27 +217,33 @@ fi
 of_lab() {
   [ "$(about x509 -noout -issuer_hash -in "$1")" = "$(about x509 -noout -subject_hash -in "$certs/ca.crt")" ]
 }
-
 of_ca() { try openssl verify -CAfile "$certs/ca.crt" "$1"; }
 of_former_ca() { ! of_ca "$1" && of_lab "$1"; }
 
 case $client in '' | client) ;; *)
   there=$(cd "$certs" && ls "$client".{key,csr,crt,pfx} 2>/dev/null) || :   # those that exist
   case $command:$there in
-    renew:) fail "'$client' has no certificate; make one: bash certs/gen_certs.sh client $client" ;;
+    renew:)
+      shopt -s nocasematch
+      for file in "$certs"/*.crt; do
+        other=${file##*/} other=${other%.crt} cn=$(common_name "$file")
+        case $client in "$other" | "$cn")
+          fail "there is no $client.crt, but $other.crt (CN $cn); renew that: $self renew $other" ;; esac
+      done
+      fail "'$client' has no certificate; make one: $self client $client" ;;
     client:?*) of_former_ca "$certs/$client.crt" ||
-      fail "'$client' exists; choose another NAME, or renew it: bash certs/gen_certs.sh renew $client" ;;
+      fail "'$client' exists; choose another NAME, or renew it: $self renew $client" ;;
   esac
   # Not with -subj: LibreSSL ignores it where the file says "prompt = no".
   sed "s/^CN *=.*/CN = $client/" "$certs/client.cnf" >certs/client.cnf
-  grep -q "^CN = $client\$" certs/client.cnf || fail "certs/client.cnf has no line 'CN = ...' that could take the NAME"
+  grep -q "^CN = $client\$" certs/client.cnf || fail "$here/client.cnf has no line 'CN = ...' that could take the NAME"
 esac
 
 [ "$command" != renew ] || for leaf in "${leaves[@]}"; do
   of_ca "$certs/$leaf.crt" || of_lab "$certs/$leaf.crt" || ! about x509 -noout -in "$certs/$leaf.crt" ||
-    fail "certs/$leaf.crt is not from this lab's CA; to replace it, first move it:" \
-      "mv certs/$leaf.crt certs/$leaf.old.crt"
-  ! is_there "$leaf.key" || take_key "$leaf.key" "for a new one, move it: mv certs/$leaf.key certs/$leaf.old.key"
+    fail "$here/$leaf.crt is not from this lab's CA; to replace it, first move it:" \
+      "mv $here/$leaf.crt $here/$leaf.old.crt"
+  ! is_there "$leaf.key" || take_key "$leaf.key" "for a new one, move it: mv $here/$leaf.key $here/$leaf.old.key"
 done
 
 # --- The CA --------------------------------------------------------------------------------
@@ -271,7 +302,7 @@ if [ -n "$client" ]; then
       then break; fi
       complain 'the password must not be empty'
     else
-      case $said in *"Can't read Password"*) complain 'the two passwords were not the same' ;; *) give_up '' ;; esac
+      case $said in *"Can't read Password"*) complain 'no password, or not the same one twice' ;; *) give_up '' ;; esac
     fi
     [ "$attempt" -lt 3 ] || fail "no password after $attempt attempts; $unchanged"
   done
@@ -293,18 +324,16 @@ chmod 644 certs/*.crt certs/*.csr
 mkdir old
 trap '' HUP INT TERM
 for file in "${made[@]}"; do
-  ! is_there "$file" || try mv -f "$certs/$file" old/ || fail "cannot replace certs/$file: ${said##*: }; $unchanged"
+  ! is_there "$file" || try mv -f "$certs/$file" old/ || fail "cannot replace $here/$file: ${said##*: }; $unchanged"
 done
 if ! try mv -f "${made[@]/#/certs/}" "$certs/"; then
   (cd "$certs" && rm -f "${made[@]}")
-  fail "cannot write in certs/: ${said##*: }; $unchanged"
+  fail "cannot write in $here/: ${said##*: }; $unchanged"
 fi
 mv old replaced   # nothing to put back any more
 set +e            # the work is done, even if a report fails
 
 # --- What there is now ---------------------------------------------------------------------
-
-common_name() { about x509 -noout -subject -nameopt multiline -in "$1" | sed -n 's/^ *commonName *= //p'; }
 
 # row NAME: its certificate (and key, if new), what it is for, and until when.
 row() {
@@ -321,26 +350,28 @@ row() {
   about x509 -noout -enddate -in "$crt" | sed 's/notAfter=/valid until /' || echo
 }
 
-case $command in
-  set) printf '\nNow in certs/:\n'; row ca ;;
-  client) printf '\nMade in certs/:\n' ;;
-  renew) printf '\nRenewed in certs/:\n' ;;
-esac
+case $command in set) what=Now ;; client) what=Made ;; *) what=Renewed ;; esac
+printf '\n%s in certs/:\n' "$what"
+[ "$command" != set ] || row ca
 for leaf in "${leaves[@]}"; do row "$leaf"; done
 [ -z "$client" ] || printf '  %-23s the same with the CA, for browsers\n' "$client.pfx"
 if [ -e replaced/ca.crt ]; then
   printf 'The CA is new: certificates from the former one no longer work.\n'
   for file in "$certs"/*.crt; do
-    other=${file##*/} other=${other%.crt}
-    ! of_former_ca "$file" ||
-      printf 'certs/%s.crt is from the former CA; renew it: bash certs/gen_certs.sh renew %s\n' "$other" "$other"
+    name=${file##*/} name=${name%.crt}
+    ! of_former_ca "$file" || echo "$here/$name.crt is from the former CA; renew it: $self renew $name"
   done
 fi
-[ ! -e replaced/server.crt ] || printf 'A running server takes them up by itself.\n'
-[ -z "$made_up_password" ] || printf 'Password of certs/%s.pfx (shown only now): %s\n' "$client" "$made_up_password"
+next=Next
+if [ -e replaced/server.crt ]; then
+  echo 'A running server takes them up by itself.'
+  next='Next, unless it runs already'
+fi
+[ -z "$made_up_password" ] || printf 'Password of %s (shown only now): %s\n' "$here/$client.pfx" "$made_up_password"
 
+printf -v serve '%s %q' "$python" "${folder%certs}server/server.py"
 case $command in
-  set) printf 'Next: %s server/server.py\n' "$python" ;;
+  set) printf '%s: %s\n' "$next" "$serve" ;;
   client)   # all clients of this CA, client.crt's first: the list lets in nobody else
     names=
     for file in "$certs"/client.crt "$certs"/*.crt; do
@@ -349,6 +380,7 @@ case $command in
       name=$(printf %q "$(common_name "$file")")
       case "$names " in *" $name "*) ;; *) names="$names $name" ;; esac
     done
-    printf 'Next: %s server/server.py --allow-cn%s\n' "$python" "$names"
-    printf 'then: %s client/client.py --cert certs/%s.crt --key certs/%s.key\n' "$python" "$client" "$client" ;;
+    printf 'Next: %s --allow-cn%s\n' "$serve" "$names"
+    printf 'then: %s %q --cert %s.crt --key %s.key\n' \
+      "$python" "${folder%certs}client/client.py" "$here/$client" "$here/$client" ;;
 esac

@@ -43,7 +43,7 @@ MAX_BODY = 64 * 1024   # bytes of a request's body
 MAX_TASK = 1000        # characters
 MAX_ITEMS = 1000       # on the list
 MAX_BLOCK = 16 * 1024  # bytes of the encoded list that a new item replaces
-MAX_SESSIONS = 100     # of TLS 1.2 that can be resumed
+MAX_SESSIONS = 100     # of TLS 1.2 that OpenSSL keeps
 
 
 # --- TLS: what makes it mutual -------------------------------------------------------------
@@ -136,8 +136,8 @@ class TodoServer(EventLoopServer):
             news = self.certificates.look()
             if news:
                 self.log.write(news)
-            # OpenSSL keeps up to 20,480 sessions for two hours, each with all certificates that the client sent.
-            # Python cannot limit that, but a new context starts without any.
+            # OpenSSL keeps the sessions of TLS 1.2 clients that take no ticket: up to 20,480 for two hours, each with
+            # all certificates that the client sent. Python cannot limit that, but a new context starts without any.
             if self.context.session_stats()["number"] > MAX_SESSIONS:
                 with contextlib.suppress(Unusable):
                     self.certificates.take_up()

@@ -25,7 +25,7 @@ usage() {
   cat <<'TEXT'
 usage: bash certs/gen_certs.sh                certificates of CA, server, client
        bash certs/gen_certs.sh client NAME    one for another client, CN = NAME
-       bash certs/gen_certs.sh renew [NAME]   new ones for both, or for NAME
+       bash certs/gen_certs.sh renew [NAME]   server's and client's, or NAME's
        bash certs/gen_certs.sh --help         this text
 
 Without arguments it replaces the whole set, CA included. renew keeps the CA
@@ -130,9 +130,7 @@ common_name() { about x509 -noout -subject -nameopt multiline -in "$1" | sed -n 
 # give_up LAST: LAST is the last argument of the command that failed: the .cnf if it reads one.
 give_up() {
   printf '%s\n' "$said" >&2
-  case $1:$said in *.cnf:*[Cc]onfig* | *.cnf:*extension*)
-    unchanged="$unchanged; correct $1, as openssl says above" ;;
-  esac
+  case $1:$said in *.cnf:*[Cc]onfig* | *.cnf:*extension*) unchanged+="; correct $1, as openssl says above" ;; esac
   fail "failed at $step; $unchanged"
 }
 
@@ -342,8 +340,8 @@ row() {
   case $1 in
     ca) what='the CA, trust anchor of both sides' ;;
     server)   # LibreSSL has no -ext
-      what=$(about x509 -noout -text -in "$crt" | sed -n '/Alternative Name/{n;s/^ *//;s/DNS://g;s/IP Address://g;p;}')
-      what="for $what" ;;
+      what=$(about x509 -noout -text -in "$crt" |
+        sed -n '/Alternative Name/{n;s/^ */for /;s/DNS://g;s/IP Address://g;p;}') ;;
     *) what="CN $(common_name "$crt")" ;;
   esac
   printf '  %-23s %s; ' "$files" "$what"

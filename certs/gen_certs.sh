@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Makes the lab's certificates with the openssl command: a CA, a server's and a client's
-# certificate, and a PFX for the client. Works from any folder; all files land beside this
-# script. It builds and verifies everything in a temporary folder first and only then moves it
-# into place, so a run that fails or is interrupted changes nothing.
+# certificate, and a PFX for the client. Run it from any folder; it puts all files beside
+# itself. It first makes and verifies everything in a temporary folder and only then moves it into
+# place, so a run that fails or is interrupted changes nothing.
 #
 # Needs OpenSSL 1.1.1+ or LibreSSL 3.3+, and bash 3.2+ (the one on macOS).
 case ${BASH_VERSION:-} in '') echo "gen_certs.sh: needs bash; run it with: bash $0${*:+ $*}" >&2; exit 1 ;; esac
@@ -36,14 +36,14 @@ terminal, taken from MTLS_PFX_PASSWORD if that is set, or made up and printed.
 TEXT
 }
 
-unchanged='certs/ is as it was'
+unchanged='certs/ is unchanged'
 complain() { printf 'gen_certs.sh: %s\n' "$*" >&2; }
 refuse() { complain "$@"; exit 2; }
 fail() { complain "$@"; exit 1; }
 
 # --- What to make --------------------------------------------------------------------------
 
-# Whose certificates to make, '' for nobody's. NAME.key, NAME.csr and so on are the files.
+# Whose certificates to make; '' means none. The files are NAME.key, NAME.csr and so on.
 command=${1:-set} name=${2:-} server=server client=client
 case $#:${1:-} in
   0: | 1:renew) ;;
@@ -67,22 +67,22 @@ leaves=(${server:+server} ${client:+"$client"})
 steps=$((${#leaves[@]} + (${#client} > 0)))
 [ "$command" != set ] || steps=6
 
-# In Git Bash, python3 is the alias of Microsoft's Store, and openssl cannot ask on its terminal.
+# In Git Bash, python3 is an alias of the Microsoft Store, and openssl cannot prompt on its terminal.
 python=python3 can_ask=no
 case $OSTYPE in
   msys* | cygwin*) python=python ;;
   *) if [ -t 0 ] && { : </dev/tty; } 2>/dev/null; then can_ask=yes; fi ;;
 esac
 
-# cannot read|write NAME [USE]: says why. Only the owner is told to use chmod, and only with u:
-# nobody else gains access to a key by that.
+# cannot read|write NAME [USE]: say why, and fail. Only the owner is told to use chmod, and only with
+# u, which gives nobody else access to a key.
 error=
 cannot() {
   local mode who step="chmod u+${1:0:1} $here/$2"
   case $error in '' | *[Pp]ermission*) ;; *) fail "cannot $1 $here/$2${3:-}: ${error##*: }; $unchanged" ;; esac
   read -r mode _ who _ < <(ls -ld "$certs/$2")
   [ -O "$certs/$2" ] || step="sudo chown -R \"\$(id -un)\" $here"
-  fail "cannot $1 $here/$2${3:-}: it is $who's, $mode; $step"
+  fail "cannot $1 $here/$2${3:-}: it belongs to $who, mode $mode; $step"
 }
 
 version=$(openssl version 2>&1) || fail "openssl: ${version##*: }; install OpenSSL 1.1.1+ or LibreSSL 3.3+"
@@ -103,7 +103,7 @@ else perl -e 'use Fcntl ":flock"; open(F, "+<&=", 9) && flock(F, LOCK_EX | LOCK_
 fi || fail 'another run is at work on these certificates; try again when it has finished'
 
 # Whoever holds the lock may clean up after any run, even one ended by kill -9. If that one
-# did not finish moving its files, the former ones are still in old/: they go back.
+# did not finish moving its files, the former ones are still in old/: put them back.
 tidy_up() {
   local file
   cd "$certs" 2>/dev/null || return 0   # Windows cannot remove the current folder
@@ -141,7 +141,7 @@ begin() {
 }
 
 # From here on the current folder is the temporary one. It has a certs/ of its own, so the
-# commands below are those of the page, to the letter.
+# commands below are exactly those on the page.
 mkdir "$work/certs"
 cd "$work"
 made=(ca.srl)   # the files in it to be moved into place
@@ -174,7 +174,7 @@ done
   [ "$line" = "$key = $value" ] || fail "$here/server.cnf: $key = '$value' is not a host name; write instead: $line"
 done < <(sed -n 's/^[[:space:]]*\(DNS[.0-9]*\)[[:space:]]*=[[:space:]]*\([^#[:space:]]*\).*/\1 \2/p' certs/server.cnf)
 
-# take_key FILE STEP: STEP is what helps if it is no key.
+# take_key FILE STEP: STEP is what to do if it is not a key.
 take_key() {
   local key=$here/$1 problem form
   take "$1"
@@ -211,7 +211,7 @@ if [ "$command" != set ]; then
   grep -qs '^[0-9A-F]' certs/ca.srl || rm -f certs/ca.srl   # openssl makes one if there is none
 fi
 
-# of_lab FILE: whether its issuer has our CA's name, be it the present CA or a former one.
+# of_lab FILE: whether its issuer has our CA's name, whether that is the present CA or a former one.
 of_lab() {
   [ "$(about x509 -noout -issuer_hash -in "$1")" = "$(about x509 -noout -subject_hash -in "$certs/ca.crt")" ]
 }
@@ -316,7 +316,7 @@ for leaf in "${leaves[@]}"; do
 done
 
 # The only moment at which the real certificates change. From here on signals are ignored: half
-# a move would leave keys beside certificates that are not theirs. If a file cannot be moved (it
+# a move would leave keys beside certificates that do not match. If a file cannot be moved (it
 # is open in Windows, or immutable), tidy_up puts the former ones back.
 chmod 644 certs/*.crt certs/*.csr
 mkdir old
@@ -362,7 +362,7 @@ if [ -e replaced/ca.crt ]; then
 fi
 next=Next
 [ ! -e replaced/server.crt ] || next='Next, unless it runs already'
-[ "$next" = Next ] || echo 'A running server takes them up by itself.'
+[ "$next" = Next ] || echo 'A running server loads them by itself.'
 [ -z "$made_up_password" ] || printf 'Password of %s (shown only now): %s\n' "$here/$client.pfx" "$made_up_password"
 
 printf -v serve '%s %q' "$python" "${folder%certs}server/server.py"

@@ -131,7 +131,7 @@ def verified(folder: Path) -> Found:
     load(ca, lambda: client.load_verify_locations(ca))
     load(certificate, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificate))
     if not client.get_ca_certs():
-        raise Unusable(f"{ca}: is no CA's certificate; {cure(ca)}")
+        raise Unusable(f"{ca}: is not a CA's certificate; {cure(ca)}")
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # The empty password makes an encrypted key an error; without it, OpenSSL would ask for one.

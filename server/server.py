@@ -297,7 +297,7 @@ def listing_head(client: str | None) -> bytes:
 def port_number(text: str) -> int:
     """Argparse's type for a TCP port; 0 means any free one."""
     if not (text.isascii() and text.isdigit() and len(text) <= 5 and int(text) <= 65535):
-        raise argparse.ArgumentTypeError(f"{text!r} is no port (0 to 65535)")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a port (0 to 65535)")
     return int(text)
 
 
@@ -354,7 +354,7 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
         if code == errno.EADDRINUSE:
             problem = "address already in use"   # Windows says it in more words
             other = "$env:MTLS_SERVER_PORT = 8444" if os.name == "nt" else "export MTLS_SERVER_PORT=8444"
-            advice = f"stop the program that uses this port, or take another one, in both terminals: {other}"
+            advice = f"stop the program that uses this port, or use another one, in both terminals: {other}"
         elif code == errno.EMFILE:
             advice = "allow it more: ulimit -n 1024"
         sys.exit(f"[SERVER] ERROR: cannot listen on {host}:{port} ({problem}); {advice}")

@@ -1,15 +1,15 @@
-"""Benchmark of the lab's server beside others: python3 tests/benchmark.py (4 minutes)
+"""Benchmark that compares the lab's server with others: python3 tests/benchmark.py (4 minutes)
 
     ours      server/server.py
-    theirs    that of another checkout: --against FOLDER
+    theirs    the server of another checkout: --against FOLDER
     nginx     ssl_verify_client on, one worker, an access log, a fixed body (if it is installed)
     uvicorn   with uvloop and httptools, an access log, a fixed body (if uvicorn[standard] is installed)
     bare      a loop around `ssl` that sends fixed bytes and knows no HTTP: what TLS costs in Python
-    plain     BaseHTTPRequestHandler as it comes: HTTP/1.1, a thread per connection
+    plain     BaseHTTPRequestHandler with its defaults: HTTP/1.1, a thread per connection
     textbook  a single-threaded HTTPServer with its listening socket wrapped in TLS
 
-Each measurement has a fresh server process, and load from processes of its own. The servers take
-turns in every round, so that whatever else the machine does meets all of them; the report shows
+Each measurement has a fresh server process and load processes of its own. The servers take turns
+in every round, so that whatever else the machine does affects all of them; the report shows the
 medians of the rounds. All traffic stays on 127.0.0.1, all files in a temporary folder.
 
 Key exchange: ours and bare have the same group, before Python 3.15 only P-256, where a client that
@@ -516,7 +516,7 @@ def goals(samples: Samples, us: str) -> Iterator[tuple[str, str, str]]:
 HOW_TO_READ = """
 "CPU us", the number to compare, is the server's CPU time per answer, user and system; "spread" is how far the
 rounds lie apart. Rates and latencies depend on the load, too, which runs on the same cores. "MB" is the peak of
-memory. Refused, broken and late answers (10 s) are "errors". Plain sends head and body apart: that costs 40 ms."""
+memory. Refused, broken and late answers (10 s) are "errors". Plain sends head and body separately: it costs 40 ms."""
 
 
 def report(samples: Samples) -> None:
@@ -545,14 +545,14 @@ def report(samples: Samples) -> None:
 
 def main() -> int:
     """The command line; returns the exit code."""
-    parser = argparse.ArgumentParser(description="Benchmark of the lab's server beside nginx and others.")
+    parser = argparse.ArgumentParser(description="Compares the lab's server with nginx and others.")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="rounds to take medians of (default 3)")
     parser.add_argument("--quick", action="store_true", help="one short round, for a first look")
     parser.add_argument("--against", type=Path, metavar="FOLDER", help="also measure the server of another checkout")
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that it, too, cleans up
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))   # so that SIGTERM cleans up, too
     if (busy := os.getloadavg()[0]) > 1:
-        print(f"The machine is busy with other things (load average {busy:.1f}): expect spread.", file=sys.stderr)
+        print(f"The machine is busy with other work (load average {busy:.1f}): expect a large spread.", file=sys.stderr)
     try:
         report(measure_all(max(1, arguments.rounds), arguments.quick, arguments.against))
     except KeyboardInterrupt:

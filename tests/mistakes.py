@@ -4,8 +4,8 @@ Each experiment makes one mistake with real certificates, connects a client to a
 loopback, and prints what each of them saw, why, and the cure. The certificates are made from the
 lab's own certs/*.cnf, with one setting changed, in a temporary folder that is removed at the end.
 
-Read an experiment's title (what you do wrong), its docstring (the why and the cure that are
-printed), and what it does. What all of them use comes first: certificates, then connections.
+Read an experiment's title (what you do wrong), its docstring (the why and the cure that it
+prints), and its code. The code that all of them use comes first: certificates, then connections.
 """
 
 from __future__ import annotations
@@ -248,7 +248,7 @@ def close(side: ssl.SSLSocket) -> None:
         while side.recv(4096):
             pass
     except OSError:
-        pass   # the other side has closed already
+        pass   # the other side has already closed
 
 
 def serve(listener: socket.socket, context: ssl.SSLContext, name_of: Callable[[Any], str], seen: list[str]) -> None:
@@ -386,7 +386,7 @@ def optional(bench: Bench) -> Outcome:
 def old_protocol(bench: Bench) -> Outcome:
     """TLS 1.0 and 1.1 are deprecated (RFC 8996). The server's minimum is 1.2.
 
-    Cure: An up-to-date client.
+    Cure: Use an up-to-date client.
     """
     if not ssl.HAS_TLSv1_1:
         raise Missing("this OpenSSL has no TLS 1.1")
@@ -489,7 +489,7 @@ def spiffe(bench: Bench) -> Outcome:
 def similar_names(bench: Bench) -> Outcome:
     """The handshake succeeds: TLS does not check a client's name. Neither of these two is mtls-client.
 
-    Cure: Compare exactly. lower() or strip() would take both for mtls-client.
+    Cure: Compare exactly. With lower() or strip(), one of them would pass for mtls-client.
     """
     bench.issue("capitals", like="client", subject={"CN": "MTLS-Client"})
     bench.issue("space", like="client", subject={"CN": '"mtls-client "'})
@@ -557,7 +557,7 @@ def ca_without_constraints(bench: Bench) -> Outcome:
 
 @experiment("CA and chain", "CA without constraints, strict")
 def ca_without_constraints_strict(bench: Bench) -> Outcome:
-    """A strict client insists on basicConstraints. ssl.create_default_context() is strict since Python 3.13.
+    """A strict client insists on basicConstraints. ssl.create_default_context() has been strict since Python 3.13.
 
     Cure: basicConstraints = critical, CA:true.
     """
@@ -573,7 +573,7 @@ def ca_that_says_no(bench: Bench) -> Outcome:
     return with_ca(bench, ssl.VerifyFlags(0), "critical, CA:false")
 
 
-@experiment("CA and chain", "CA made anew, old client cert")
+@experiment("CA and chain", "CA replaced, old client cert")
 def former_ca(bench: Bench) -> Outcome:
     """The new CA has the same name as the old one but a different key, and only the key counts.
 
@@ -628,7 +628,7 @@ def below_pathlen_0(bench: Bench) -> Outcome:
 
 @experiment("time", "client cert expired")
 def client_expired(bench: Bench) -> Outcome:
-    """By the server's clock, its notAfter date is past.
+    """By the server's clock, its notAfter date has passed.
 
     Cure: Renew it in time: bash certs/gen_certs.sh renew. openssl x509 -noout -dates -in FILE shows the dates.
     """
@@ -653,7 +653,7 @@ def server_expired(bench: Bench) -> Outcome:
     return meet(bench.server(bench.issue("old", like="server", options=PAST)), bench.client())
 
 
-@experiment("time", "client cert renewed, server runs on")
+@experiment("time", "client cert renewed, no restart")
 def client_renewed(bench: Bench) -> Outcome:
     """The running server accepts the new one at once: it checks who signed a certificate, and keeps no list of them.
 
@@ -664,12 +664,12 @@ def client_renewed(bench: Bench) -> Outcome:
     return in_turn(before, meet(server, bench.client(bench.issue("renewed", like="client"))))
 
 
-@experiment("time", "server cert renewed, server runs on")
+@experiment("time", "server cert renewed, no restart")
 def server_renewed(bench: Bench) -> Outcome:
-    """A server reads the file when it starts, and does not notice that it has changed. Before the second attempt it
-    calls load_cert_chain() again.
+    """A server with Python's ssl reads the file only when it starts, and does not notice a change. Before the second
+    attempt, it calls load_cert_chain() again.
 
-    Cure: Restart it. Or do as the lab's server does: look at the files once a second, and load new ones into a new
+    Cure: Restart it. Or do as the lab's server does: check the files once a second, and load new ones into a new
     context.
     """
     server = bench.server(bench.issue("renewed", like="server", options=PAST))
@@ -721,21 +721,21 @@ def short_key(bench: Bench) -> Outcome:
 
 @experiment("keys and secrets", "SHA-1 signature")
 def weak_digest(bench: Bench) -> Outcome:
-    """SHA-1 is broken: the certificate may be forged. The same two attempts. In OpenSSL 3.6.5 load_cert_chain() does
-    not check this, so the server refuses both.
+    """SHA-1 is broken: the certificate may be forged. The two attempts are as with the short key. In OpenSSL 3.6.5,
+    load_cert_chain() does not check this, so the server refuses both.
 
     Cure: Sign with -sha256. openssl x509 -noout -text -in FILE shows the algorithm.
     """
     try:
         bench.issue("sha1", like="client", options=("-md", "sha1"))
-    except subprocess.CalledProcessError:   # the settings of some systems forbid it
+    except subprocess.CalledProcessError:   # some systems' settings forbid it
         raise Missing("this openssl does not sign with SHA-1") from None
     return usual_and_careless(bench, "sha1")
 
 
 @experiment("keys and secrets", "one cert for all clients")
 def shared(bench: Bench) -> Outcome:
-    """The server cannot tell the two clients apart, nor lock out only one of them.
+    """The server cannot tell the two clients apart, or lock out just one of them.
 
     Cure: One certificate each: bash certs/gen_certs.sh client NAME.
     """
@@ -744,7 +744,7 @@ def shared(bench: Bench) -> Outcome:
 
 @experiment("keys and secrets", "key committed to git")
 def committed_key(bench: Bench) -> Outcome:
-    """The key was recovered from the git history, after git rm. Whoever has a clone is that client.
+    """After git rm, the key was recovered from the git history. Whoever has a clone can pose as that client.
 
     Cure: certs/*.key in .gitignore. Too late? Issue a new key, and stop trusting the old one.
     """
@@ -777,9 +777,9 @@ def self_signed(bench: Bench) -> Outcome:
 
 @experiment("trust", "getpeercert() not checked")
 def not_checked(bench: Bench) -> Outcome:
-    """Every certificate of the CA passes the handshake. It says who a client is, not what it may do.
+    """Every certificate from the CA passes the handshake. It proves who a client is, not what it may do.
 
-    Cure: Compare the name with a list, and answer 403 to any other.
+    Cure: Compare the name with a list, and answer 403 if it is not there.
     """
     return meet(bench.server(), bench.client(bench.issue("mallory", like="client", subject={"CN": "mallory"})))
 
@@ -890,7 +890,7 @@ def main() -> int:
     words = parser.parse_args().words
     experiments = chosen(words)
     if not experiments:
-        print(f"mistakes: nothing has {' '.join(words)!r} in its title or group; groups: {groups}", file=sys.stderr)
+        print(f"mistakes: no experiment has {' '.join(words)!r} in title or group; groups: {groups}", file=sys.stderr)
         return 2
     try:
         with tempfile.TemporaryDirectory(prefix="mtls mistakes ") as folder:
@@ -909,7 +909,7 @@ def main() -> int:
     except subprocess.CalledProcessError as error:
         print(f"mistakes: {' '.join(error.cmd)} failed:\n{error.output}", file=sys.stderr)
         return 1
-    except BrokenPipeError:   # nobody reads any more, as in "... | head"
+    except BrokenPipeError:   # the reader has left, as in "... | head"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except (Missing, OSError, RuntimeError) as error:

@@ -56,12 +56,12 @@ _HARD = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
 DESCRIPTORS = 4000 if _HARD == resource.RLIM_INFINITY else min(4000, _HARD)
 resource.setrlimit(resource.RLIMIT_NOFILE, (DESCRIPTORS, _HARD))
 
-# The variables that steer the lab or its tools must not leak in from the developer's shell.
+# Variables that affect the lab or its tools must not leak in from the developer's shell.
 _STEERING = ("MTLS_", "SSL", "OPENSSL", "PYTHON", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "PREPARED_")
 
 
 def environment(extra: Mapping[str, str | None] | None = None) -> dict[str, str]:
-    """The environment of the tests without what steers the lab. ``extra`` adds variables, or removes them (None)."""
+    """The tests' environment, without variables that affect the lab. ``extra`` adds or (None) removes variables."""
     own = {name: value for name, value in os.environ.items() if not name.upper().startswith(_STEERING)}
     own["SSL_CERT_FILE"] = os.devnull   # openssl x509 reads the system's CAs each time, which takes 15 of its 18 ms
     return {name: value for name, value in {**own, **(extra or {})}.items() if value is not None}
@@ -87,7 +87,7 @@ def side_by_side(function: Callable[[A], B], cases: Iterable[A]) -> list[B]:
 
 
 def comes_true(condition: Callable[[], object], seconds: float = PATIENCE) -> bool:
-    """Whether the condition holds now or within so many seconds."""
+    """Whether the condition holds now or within this many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
         if time.monotonic() > deadline:
@@ -353,7 +353,7 @@ class Output:
         return lines
 
     def until(self, condition: Callable[[], bool]) -> bool:
-        """Wait until it has ended or the condition holds; False if neither is so in time."""
+        """Wait until it has ended or the condition holds; False if neither happens in time."""
         with self._changed:
             return self._changed.wait_for(lambda: self.ended or condition(), PATIENCE)
 
@@ -437,7 +437,7 @@ class Server(contextlib.AbstractContextManager["Server"]):
 
 
 class Answer:
-    """An HTTP response: ``status``, ``headers`` and ``body``, or ConnectionError if it is not there as a whole.
+    """An HTTP response: ``status``, ``headers`` and ``body``, or ConnectionError if it is incomplete.
 
     It is read from a connection, or from a file if another answer may follow.
     """
@@ -490,7 +490,7 @@ class Talk(contextlib.AbstractContextManager["Talk"]):
         return self.answer(method)
 
     def begin_post(self) -> None:
-        """Begin a POST, and know that the server has begun to read it."""
+        """Begin a POST, and wait until the server has begun to read it."""
         self.send(request("POST", "/todo", _BODY, Expect="100-continue")[:-len(_BODY)])
         assert (self.file.readline(), self.file.readline()) == (b"HTTP/1.1 100 Continue\r\n", b"\r\n")
 
@@ -555,13 +555,13 @@ class ServerCase(unittest.TestCase):
 
     @contextlib.contextmanager
     def serving(self, *arguments: str, **settings: Any) -> Iterator[Server]:
-        """A server, see `Server`, that must be unharmed in the end."""
+        """A server, see `Server`, that must be unharmed afterwards."""
         with Server(lab(), *arguments, **settings) as server:
             yield server
             self.assert_unharmed(server)
 
     def assert_ends_well(self, talk: Talk, within: float = 8.0) -> None:
-        """The server says no more and closes in order, within so many seconds."""
+        """The server sends no more and closes properly, within this many seconds."""
         rest = b""
         talk.connection.settimeout(within)
         try:
@@ -577,7 +577,7 @@ class ServerCase(unittest.TestCase):
         """The server runs, and has written no traceback and no error of its own."""
         self.assertIsNone(server.process.poll(), "the server has ended")
         defects = [line for line in server.stderr.now() if not line.startswith("[SERVER] ") or "ERROR" in line]
-        self.assertEqual(defects, [], "the server should log no defect of its own")
+        self.assertEqual(defects, [], "the server should log no bug of its own")
 
     def assert_served(self, server: Server, message: str = "a valid client must be served") -> None:
         """A new client gets its answer and a clean end."""
@@ -586,7 +586,7 @@ class ServerCase(unittest.TestCase):
             self.assert_ends_well(talk)
 
     def assert_unharmed(self, server: Server) -> None:
-        """A valid client is served, all descriptors are closed again, and no defect was logged."""
+        """A valid client is served, all descriptors are closed again, and no bug was logged."""
         self.assert_no_defect_logged(server)
         self.assert_served(server, "a valid client must be served afterwards")
         self.assertTrue(server.settles(), f"{server.has('fd')} descriptors are open, not {server.at_rest}")
@@ -594,7 +594,7 @@ class ServerCase(unittest.TestCase):
 
 
 def request(method: str, path: str, body: bytes | None = None, **headers: str) -> bytes:
-    """The bytes of a request; header names with ``_`` for ``-``. A body brings its length."""
+    """The bytes of a request; in header names, ``_`` stands for ``-``. A body adds its Content-Length."""
     fields = {"Host": "localhost"}
     if body is not None:
         fields |= {"Content-Type": "application/json", "Content-Length": str(len(body))}

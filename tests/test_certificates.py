@@ -1,4 +1,4 @@
-"""The server's own certificates: what it says of them, steps that help, and how it takes up new ones while it runs."""
+"""The server's own certificates: what it says about them, steps that help, and how it reloads them while it runs."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def failure(server: ssl.SSLContext, client: ssl.SSLContext, name: str = "localho
 
 
 class TestWords(unittest.TestCase):
-    """What the log says of a handshake that has failed."""
+    """What the log says about a failed handshake."""
 
     def test_who_refused_whom(self) -> None:
         """A client that refuses us, one that we refuse, and one that leaves; without OpenSSL's history."""
@@ -99,7 +99,7 @@ CAUSES: list[tuple[str, ...]] = [   # what spoils a lab, and what the server say
     (": >ca.crt", f"ca.crt: holds nothing, .*: {REMADE}"),
     ("sed -i.old 5d ca.crt", f"ca.crt: is damaged; .*: {REMADE}"),
     ("openssl x509 -outform DER -in ca.crt -out a; mv a ca.crt", "in DER, .*: openssl x509 -inform DER"),
-    ("cp server.crt ca.crt", f"ca.crt: is no CA's certificate; .*: {REMADE}"),
+    ("cp server.crt ca.crt", f"ca.crt: is not a CA's certificate; .*: {REMADE}"),
     ("rm server.crt server.key client.crt", f"server.crt: is missing; .*: {RENEW}$"),
     ("rm server.crt; mkdir server.crt", "is a folder .*: rmdir certs/server.crt$", f"is missing; .*: {RENEW} server$"),
     ("cp server.csr server.crt", rf"holds a certificate request \(CSR\), .*: {RENEW}"),
@@ -145,17 +145,17 @@ class TestCauses(unittest.TestCase):
         return None
 
     def test_each_cause(self) -> None:
-        """Missing, empty, damaged, in another form, something else, not fitting."""
+        """Missing, empty, damaged, in another form, something else, not matching."""
         for wrong, cause in zip(support.side_by_side(self.overcome, CAUSES), CAUSES, strict=True):
             with self.subTest(cause[0]):
                 self.assertIsNone(wrong)
 
 
 class TestLook(unittest.TestCase):
-    """What becomes of changes to the files."""
+    """What happens when the files change."""
 
     def test_changes(self) -> None:
-        """A new set is used from then on; one that is of no use is not, and its problem is told once."""
+        """A new set is used from then on; an unusable one is not, and its problem is logged once."""
         self.addCleanup(setattr, module, "PATIENCE", module.PATIENCE)
         module.PATIENCE = 0.0
         copy = copy_of_lab("changes")
@@ -191,7 +191,7 @@ class TestLook(unittest.TestCase):
                     self.assertIs(certificates.context, former)
 
     def test_warnings(self) -> None:
-        """A certificate that clients will refuse is used, with a warning that says what to do; which helps."""
+        """A certificate that clients will refuse is used, with a warning; what the warning says to do helps."""
         names = "subjectAltName = IP:127.0.0.1"
         for words, *case in (("certificate has expired", names, *EXPIRED),
                              ("certificate is not yet valid", names, "20490101000000Z", "20490201000000Z"),
@@ -208,7 +208,7 @@ class TestLook(unittest.TestCase):
                 self.assertIsNone(certificates.warning)
 
     def test_a_set_that_changes_while_it_is_loaded(self) -> None:
-        """It could be half of one and half of another: it is loaded once more at the next look."""
+        """It could be half of one set and half of another: it is loaded again at the next look."""
         file = copy_of_lab("half").certs / "server.crt"
         changes: list[Callable[[], object]] = [lambda: None, file.touch]
 
@@ -226,7 +226,7 @@ class TestLook(unittest.TestCase):
         self.assertRegex(certificates.look() or "", "new ones are in use")
 
     def test_two_cas(self) -> None:
-        """ca.crt may hold the former CA and the new one: who trusts either, with a certificate of either, gets in."""
+        """ca.crt may hold the former CA and the new one: a client of either CA gets in."""
         for order in (lab(), other_lab()), (other_lab(), lab()):
             copy = copy_of_lab("two CAs")
             (copy.certs / "ca.crt").write_bytes(b"".join(of("ca.crt", one) for one in order))
@@ -241,7 +241,7 @@ class TestLook(unittest.TestCase):
                         self.assertEqual(failure(certificates.context, client), "")
 
     def test_many_changes_cost_nothing(self) -> None:
-        """No descriptor and no memory is lost by them. (In a process of its own: here, others run meanwhile.)"""
+        """They leak no descriptor and no memory. (In a process of its own: here, other tests run meanwhile.)"""
         program = """if True:
             import os, resource, sys, tests.test_certificates as t
             certificates = t.Certificates(t.Path(sys.argv[1]), t.tls_context)
@@ -261,10 +261,10 @@ class TestLook(unittest.TestCase):
 
 
 class TestRunningServer(ServerCase):
-    """A running server takes up new certificates by itself."""
+    """A running server loads new certificates by itself."""
 
     def test_it_follows(self) -> None:
-        """Renewed: all goes on. A new CA: its clients get in, the former's do not, and their connections end."""
+        """After renewal, all keeps working. After a new CA, only its clients get in; others lose their connections."""
         in_use = r"CERTIFICATES \| new ones are in use \| server\.crt valid until [^|]* GMT"
         copy = copy_of_lab("running")
         context = copy.context()

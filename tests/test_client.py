@@ -1,4 +1,4 @@
-"""The two clients: what they print, whom they believe, how long they wait, and how they fail."""
+"""The two clients: what they print, which servers they trust, how long they wait, and how they fail."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from tests.test_readme import section
 CLIENT, NEGATIVE = "client", "client_no_cert"
 
 Behaviour = Callable[[socket.socket], object]
-"""What a server that is not ours does with a TCP connection, which is closed afterwards."""
+"""What a foreign server does with a TCP connection; the connection is closed afterwards."""
 
 
 @contextlib.contextmanager
@@ -49,7 +49,7 @@ def other_server(behave: Behaviour) -> Iterator[str]:
 
 
 def hear(connection: socket.socket) -> bytes:
-    """What comes next; ConnectionError if nothing does."""
+    """The next bytes; ConnectionError if there are none."""
     if not (received := connection.recv(65536)):
         raise ConnectionError
     return received
@@ -183,7 +183,7 @@ class ClientCase(unittest.TestCase):
 
 
 class TestOurServer(ClientCase):
-    """With the lab's server: what the description shows, to the letter, whatever the environment."""
+    """With the lab's server: exactly what the description shows, whatever the environment."""
 
     def test_client(self) -> None:
         """On a fresh server it prints what the page shows; a proxy or a foreign locale changes nothing."""
@@ -232,7 +232,7 @@ class TestOurServer(ClientCase):
                      r"SSLV3_ALERT_HANDSHAKE_FAILURE\] .+ alert handshake failure")))])
 
     def test_output_that_fails(self) -> None:
-        """A reader that leaves early or late, a disk that is full: nobody is blamed, least of all the server."""
+        """If the reader leaves or the disk is full, the client blames nobody, least of all the server."""
         cases = [(f"{head} >/dev/null", "") for head in ("| head -n 1", "-v | head -n 2", "| head -n 15")]
         if Path("/dev/full").exists():   # only Linux has it
             cases.append(("2>&1 >/dev/full; [ $? = {} ]", r".* ERROR: cannot write the output \(No space .*\)\n"))
@@ -267,15 +267,15 @@ class TestOurServer(ClientCase):
 
 
 class TestStart(ClientCase):
-    """What is found before anything is sent: arguments, variables, files, no or a silent server, an old Python."""
+    """Problems before anything is sent: arguments, variables, files, no server or a silent one, an old Python."""
 
     seconds = 10
 
     def test_files(self) -> None:
-        """Files that are missing or that we may not read. Where there is a CA, no step would replace it."""
+        """Files that are missing or that we may not read. If there is a CA, no step replaces it."""
         certs = copy_of_lab("files", "cp client.key locked.key; chmod 0 locked.key; "
                             "openssl rsa -aes128 -passout pass:secret -in client.key -out secret.key").certs
-        # Root may read everything: it becomes nobody, who can reach the files only from inside their folder.
+        # Root may read everything, so it becomes nobody, who can reach the files only from inside their folder.
         leave = f"import gettext, locale, os, shutil; os.chdir({str(certs)!r}); os.getuid() or os.setuid(65534)"
         secret = public = "give yourself access: chmod u.r "
         if os.getuid() == 0:
@@ -322,7 +322,7 @@ class TestStart(ClientCase):
                     self.assertEqual((process.communicate(timeout=5)[0], process.poll()), (b"", -signal.SIGINT))
 
     def test_senseless_arguments(self) -> None:
-        """URLs that are none, ports that are none, a TASK that is no text: exit 2, with the reason."""
+        """Invalid URLs, ports and a TASK that is not text: exit 2, with the reason."""
         urls = {"must begin with https://": ("http://127.0.0.1/", "localhost:8443/todo", "file:///etc/passwd", "x"),
                 "is not a URL such as https://127.0.0.1:8443/todo": (
                     "https://", "https://127.0.0.1:99999/", "https://127.0.0.1:port/", "https://127.0.0.1:0/",
@@ -342,7 +342,7 @@ class TestStart(ClientCase):
 
 
 class Trouble(NamedTuple):
-    """Something that is wrong in a lab, what client.py says of it, and how the lab is put right."""
+    """Something that is wrong in a lab, what client.py says about it, and what fixes it."""
 
     cause: str                    # shell commands in certs/ that bring it about
     words: str                    # what the client says before the step, a regular expression
@@ -374,7 +374,7 @@ TROUBLES = [
       for cause, words in ((": >client.key", "is empty"), ("sed -i.old 5d client.key", "is damaged"))),
     Trouble("", "alice.crt" + MISSING + NEW, NEW_CA + " client alice", ALICE),
     Trouble("rm mallory.crt", "/mallory.crt" + MISSING + NEW, RENEW + " mallory", MALLORY),
-    # Another file than was meant
+    # The wrong file
     *(Trouble(cause, words + MEANT, "--key certs/mallory.key", "--cert certs/mallory.crt")
       for cause, words in (("", MISFIT), ("rm client.key", MISSING + "; "))),
     Trouble("", MISFIT + MEANT, "--cert certs/mallory.crt", "--key certs/mallory.key"),
@@ -383,7 +383,7 @@ TROUBLES = [
     Trouble("", "holds a private key; .*: ", "--cert certs/client.crt", "--cert certs/client.key"),
     Trouble("", "holds a certificate; .*: ", "--key certs/client.key", "--key certs/client.crt"),
     Trouble("", "is not the certificate of a CA; .*: ", "--cacert certs/ca.crt", "--cacert certs/server.crt"),
-    # Another form of file
+    # The wrong format
     Trouble("openssl rsa -aes128 -passout pass:secret -in client.key -out a.key", "has a password; .*: ",
             "(umask 077; openssl pkey -in certs/a.key -out certs/a.plain.key)",
             "--key certs/a.key", "--key certs/a.plain.key"),
@@ -413,7 +413,7 @@ TROUBLES = [
 
 
 class TestNextSteps(ClientCase):
-    """Each cause is produced for real; the step that the client names is taken, and then the client is served."""
+    """Each cause is produced for real, the step that the client suggests is taken, and then the client is served."""
 
     seconds = 20
 
@@ -431,7 +431,7 @@ class TestNextSteps(ClientCase):
                 self.assertIn("[CLIENT] Response (HTTP 200)", after)
 
     def overcome(self, shared: str, trouble: Trouble) -> tuple[str, str]:
-        """What the client says in a lab with this trouble, and once it has taken the step."""
+        """What the client says in a lab with this trouble, and after the step."""
         own = copy_of_lab("trouble", trouble.cause)
 
         def says(arguments: str) -> str:
@@ -450,7 +450,7 @@ class TestNextSteps(ClientCase):
         return before, f"{said}\n{says(trouble.arguments if trouble.then is None else trouble.then)}"
 
     def test_server(self) -> None:
-        """What is wrong with where the server listens, or with whom it admits."""
+        """Trouble with where the server listens, or with which clients it admits."""
         port = support.free_port()
         mallory = tuple(word.replace("certs", str(lab().certs)) for word in MALLORY.split())
         refused = (rf"no server at .*:{port}/todo; start it there: python3 server/server.py --port {port}; "
@@ -474,7 +474,7 @@ class TestOtherServers(ClientCase):
     """Each failure is one line that says what to do; the negative test never passes for a wrong reason."""
 
     def test_untrusted(self) -> None:
-        """A certificate that does not verify: both tell why, and what to do about just that."""
+        """A certificate that does not verify: both say why, and what to do about exactly that."""
         certs, host = lab().certs, "subjectAltName = IP:127.0.0.1"
         other = copy_of_lab("other", 'cp "$OTHER"/* .; cat server.crt ca.crt >chain.crt; cp server.key chain.key').certs
         issue(lab(), "expired", "/CN=s", host, "20200101000000Z", "20200201000000Z")
@@ -498,7 +498,7 @@ class TestOtherServers(ClientCase):
                 (certs / "no-san", "Hostname" + names.format("DNS.2 = localhost")))])
 
     def test_strange_answers(self) -> None:
-        """What both say of other answers; what another client put on the list cannot drive a terminal."""
+        """What both say about other answers; what another client put on the list cannot control a terminal."""
         no_json, no_answer = "did not send the JSON", "no HTTP answer"
         too_long = "sent more than 1 MB|more than 100 interim responses"   # the latter: Python 3.15 itself
         let_in, in_http = r"HTTP {} .*: let in\.$", "HTTP {} .*: refused, but in HTTP, after TLS had let us in"
@@ -570,7 +570,7 @@ class TestOtherServers(ClientCase):
             Case(NEGATIVE, begun, before=counted, server=refuses_late(b"H"))])
 
     def test_drips(self) -> None:
-        """A server that never says its last word: both give up when the whole exchange takes too long."""
+        """A server that never finishes: both give up when the whole exchange takes too long."""
         hello: Behaviour = functools.partial(drip, data=b"\x16\x03\x03\x16\x03")   # the beginning of a long ServerHello
         begun = [answers(piece, dripping=True) for piece in (
             b"H", b"HTTP/1.1 100 Go on\r\n\r\n", b"HTTP/1.1 200 OK\r\nA: b\r\n")]

@@ -1,4 +1,4 @@
-"""The server's connections (connections.py, event_loop.py): what waits too long ends, and the others are served."""
+"""The server's connections (connections.py, event_loop.py): those that take too long end, and the others are served."""
 
 from __future__ import annotations
 
@@ -71,14 +71,14 @@ def reset(connection: socket.socket) -> None:
 
 
 def is_silent(connection: socket.socket, seconds: float) -> bool:
-    """Whether nothing is heard for so long, not even the end."""
+    """Whether nothing arrives for this long, not even the end."""
     with selectors.DefaultSelector() as selector:
         selector.register(connection, selectors.EVENT_READ)
         return not selector.select(seconds)
 
 
 def hear(plain: socket.socket) -> bytes:
-    """What a plain connection says up to its end, or a reset."""
+    """What arrives on a plain connection until its end, or a reset."""
     heard = b""
     with contextlib.suppress(ConnectionError):
         while piece := plain.recv(65536):
@@ -87,7 +87,7 @@ def hear(plain: socket.socket) -> bytes:
 
 
 def drip(connection: socket.socket, pieces: Iterable[bytes], seconds: float) -> None:
-    """Send one piece after the other, so many seconds apart, until something can be heard."""
+    """Send one piece after the other, this many seconds apart, until something arrives."""
     with contextlib.suppress(ConnectionError):
         for piece in pieces:
             connection.send(piece)
@@ -130,7 +130,7 @@ def paused(server: Server) -> Iterator[None]:
 
 
 def rejected(server: Server, at_least: int) -> list[str]:
-    """The log's lines that say why a connection was rejected, once there are so many."""
+    """The log lines that say why a connection was rejected, once there are this many."""
     reason = re.compile(r"\[SERVER\] REJECTED \| peer=127\.0\.0\.1 \| \w.*")
     lines = server.stderr.wait_for(lambda lines: sum(map(bool, map(reason.fullmatch, lines))) >= at_least)
     return list(filter(reason.fullmatch, lines))
@@ -145,7 +145,7 @@ def kept_alive(server: Server, held: contextlib.ExitStack, number: int, certific
 
 
 def pending(server: Server, held: contextlib.ExitStack, number: int, says: bytes = b"") -> list[socket.socket]:
-    """So many connections that say nothing, or only this, the oldest first."""
+    """This many connections that send nothing, or only this, the oldest first."""
     peers = [held.enter_context(server.connect_plain()) for _ in range(number)]
     for peer in peers if says else ():
         with contextlib.suppress(ConnectionError):   # it may have been dropped already
@@ -154,7 +154,7 @@ def pending(server: Server, held: contextlib.ExitStack, number: int, says: bytes
 
 
 class TestDeadlines(ServerCase):
-    """How long the server waits for what."""
+    """How long the server waits in each phase."""
 
     seconds = 20
 
@@ -268,7 +268,7 @@ class TestDeadlines(ServerCase):
 
 
 class TestRequests(ServerCase):
-    """What becomes of requests that meet a deadline, or each other."""
+    """What happens to requests at a deadline, or at the same time."""
 
     seconds = 12
 
@@ -353,7 +353,7 @@ class TestRequests(ServerCase):
 
 
 class TestRefusals(ServerCase):
-    """How the server says that it does not want a connection, and what it takes from peers that are rude."""
+    """How the server refuses a connection, and how it copes with misbehaving peers."""
 
     seconds = 8
 
@@ -390,7 +390,7 @@ class TestRefusals(ServerCase):
                     self.fail("the end should follow the alert only after a while")
 
     def test_strange_openings(self) -> None:
-        """What is no TLS, or ends too early, costs one REJECTED line, and hears no HTTP."""
+        """A peer that does not speak TLS, or ends too early, costs one REJECTED line and gets no HTTP."""
         hello = client_hello(P256)
         openings: dict[str, tuple[bytes, Callable[[socket.socket], bytes | None]]] = {
             "plain HTTP": (GET, hear),
@@ -496,7 +496,7 @@ class TestRefusals(ServerCase):
                     self.assertLess(sent, 48 * 1024 ** 2, "16 MB, and what is under way")
 
     def test_rude_ends(self) -> None:
-        """A peer that vanishes or talks nonsense after the handshake costs nothing."""
+        """A peer that vanishes or sends nonsense after the handshake does no harm."""
         # Closed, reset, what is no TLS, a broken TLS record, an alert that is none.
         ends = (b"", None, GET * 10, b"\x17\x03\x03\x00\x20" + b"x" * 32, b"\x15\x03\x03\x00\x02\x02\x28")
         beginnings = (b"", b"GET /to", HALF, HALF_BODY, GET, GET * 100, request("POST", "/todo", b"x" * 70_000))
@@ -596,7 +596,7 @@ class TestDescriptors(ServerCase):
     seconds = 6
 
     def assert_waits_quietly(self, server: Server, newcomer: Wire) -> None:
-        """The newcomer hears nothing for a second, in which the server hardly computes."""
+        """The newcomer gets nothing for a second, in which the server uses hardly any CPU time."""
         started, computed = time.monotonic(), processor_seconds(server)
         self.assertTrue(is_silent(newcomer.plain, 1.0), "the newcomer should have to wait")
         share = (processor_seconds(server) - computed) / (time.monotonic() - started)
@@ -613,7 +613,7 @@ class TestDescriptors(ServerCase):
                 result.result()
 
     def crowd(self, limit: int) -> None:
-        """Silent or half-finished connections push out nobody and cost little; a proper client is served among them."""
+        """Silent or half-finished connections displace nobody and cost little; a proper client is served among them."""
         with (self.serving(before=f"ulimit -n {limit}" if limit else ":") as server,
               contextlib.ExitStack() as clients):
             busy, *idle = kept_alive(server, clients, 1 if limit else 21)
@@ -674,10 +674,10 @@ class TestDescriptors(ServerCase):
 
 
 class TestStop(ServerCase):
-    """What becomes of connections when the server is told to stop."""
+    """What happens to connections when the server is told to stop."""
 
     def test_a_running_request_is_finished(self) -> None:
-        """One in the middle is finished, all that only wait end at once, nobody new comes in, and it exits with 0."""
+        """Running requests finish, waiting connections end at once, no new one is accepted, and it exits with 0."""
         for number in (signal.SIGTERM, signal.SIGINT):
             with (self.subTest(f"on {number.name}"), contextlib.ExitStack() as held,
                   Server(lab(), constants={"event_loop.STOP_SECONDS": 2 * PATIENCE}) as server):

@@ -30,7 +30,7 @@ ZOE = tuple(f"zoe.{kind}" for kind in KINDS)
 PASSWORD = "it's \"from\" $HOME & 100% `env`; \\n ñ"
 
 # The description's commands, and a check of the PFX, each with the step that is announced before it.
-# Of pkcs12 only the beginning: the rest chooses ciphers.
+# Only the beginning of pkcs12: the rest sets the ciphers.
 COMMANDS = [
     ("", "version"),
     ("[1/6]", "genrsa -out certs/ca.key 4096"),
@@ -51,12 +51,12 @@ COMMANDS = [
 ]
 DECISIVE = len(COMMANDS)   # the last call of openssl before the new set is moved into place
 
-INTERRUPTED = "gen_certs.sh: interrupted; certs/ is as it was\n"
+INTERRUPTED = "gen_certs.sh: interrupted; certs/ is unchanged\n"
 
 # What a watched openssl or a meddling tool can do (sh). The script is its parent.
 FAILS = 'i=0; while [ $i -lt 150 ]; do i=$((i + 1)); echo "out $i"; echo "err $i" >&2; done; exit 1'
 CHATTER = [f"{stream} {number}" for number in range(1, 151) for stream in ("out", "err")]
-CTRL_C = "kill -s INT 0"   # as a terminal does: to the whole process group
+CTRL_C = "kill -s INT 0"   # to the whole process group, as a terminal does
 
 # What the tests' own caller ignores (nohup, &) would be ignored by the script as well; a handler is not passed on.
 for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
@@ -70,7 +70,7 @@ os.execvp(sys.argv[2], sys.argv[2:])"""
 
 
 def tool(name: str, path: str, text: str) -> str:
-    """The PATH with a command of our own (sh) in front."""
+    """The PATH, with a command of our own (sh) in front."""
     folder = new_folder("tool")
     (folder / name).write_text(f"#!/bin/sh\n{text}", encoding="utf-8")
     (folder / name).chmod(0o755)
@@ -108,7 +108,7 @@ case $all in *-CAcreateserial*) cat "$WATCH_READY/ca.srl" >certs/ca.srl ;; esac
 
 @once
 def ready_set() -> Path:
-    """A folder with a whole set that is not the shared lab's."""
+    """A folder with a complete set, other than the shared lab's."""
     made = Lab("ready")
     made.generate(PREPARED_SET="second", MTLS_PFX_PASSWORD="secret")
     return made.certs
@@ -197,14 +197,14 @@ def with_set(change: str = ":") -> Lab:
 
 
 def contents(of: Lab) -> dict[str, tuple[str, bytes]]:
-    """Mode and bytes of all there is in the lab's certs folder, hidden or not."""
+    """Mode and content of every file in the lab's certs folder, hidden or not."""
     return {path.relative_to(of.certs).as_posix(): (stat.filemode(path.lstat().st_mode),
                                                    path.read_bytes() if path.is_file() else b"")
             for path in of.certs.rglob("*")}
 
 
 def agrees(*arguments: str | Path) -> bool:
-    """Whether openssl does this without an error."""
+    """Whether openssl runs this without an error."""
     return not subprocess.run(["openssl", *map(str, arguments)], env=environment(), stdin=subprocess.DEVNULL,
                               capture_output=True, check=False).returncode
 
@@ -215,7 +215,7 @@ def opens(pfx: Path, password: str) -> bool:
 
 
 def verifies(of: Lab, *names: str) -> bool:
-    """Whether these certificates are the CA's of now. A key that is not theirs: SSLError."""
+    """Whether the present CA issued these certificates. Raises SSLError if a key does not match."""
     return all(of.context(name) and agrees("verify", "-CAfile", of.certs / "ca.crt", of.certs / f"{name}.crt")
                for name in names)
 
@@ -224,13 +224,13 @@ class GenCertsCase(unittest.TestCase):
     """What the tests below share."""
 
     def assert_changed(self, run: Run, *names: str) -> None:
-        """Since before the run, in certs/, modes included, these files are changed or new, and no others."""
+        """In certs/, the run changed or added (content or mode) exactly these files."""
         before, now = run.before, contents(run.lab)
         changed = sorted(name for name in {*before, *now} if before.get(name) != now.get(name))
         self.assertEqual(changed, sorted(names), "files in certs/ that were added, removed or changed")
 
     def assert_replaced(self, run: Run) -> None:
-        """The whole set is new and verifies; all else in certs/ is as it was."""
+        """The whole set is new and verifies; everything else in certs/ is unchanged."""
         self.assert_changed(run, *MADE)
         self.assertTrue(verifies(run.lab, "server", "client"), "the new set does not verify")
 
@@ -248,7 +248,7 @@ class GenCertsCase(unittest.TestCase):
         return run
 
     def assert_refused(self, says: str, of: Lab, *arguments: str, **options: Any) -> Run:
-        """It fails, says these lines (a pattern) and nothing else, and touches nothing."""
+        """It fails, prints these lines (a pattern) and nothing else, and touches nothing."""
         run = self.changes_nothing(of, *arguments, **options)
         self.assertEqual(run.stdout, "")
         self.assertRegex(run.stderr, rf"\A{says}\n\Z")
@@ -296,13 +296,13 @@ class WhatItMakes(GenCertsCase):
         self.assertFalse(verifies(ready, "mallory"))
         self.assertRegex(run.stdout, r"\n  client\.pfx .*\nThe CA is new: .*\n"
                                      r"certs/mallory\.crt is from the former CA; renew it: .*\.sh renew mallory\n"
-                                     r"A running server takes them up by itself\.\n"
+                                     r"A running server loads them by itself\.\n"
                                      r"Next, unless it runs already: python3 server/server\.py\n\Z")
         self.works(ready, "renew", "mallory")
         self.assertTrue(verifies(ready, "mallory", "client", "server"))
 
     def test_new_client(self) -> None:
-        """It issues NAME's certificate from the existing CA and touches nothing else but the serial number."""
+        """It issues NAME's certificate from the existing CA and changes only the serial number."""
         ready = with_set()
         run = self.works(ready, "client", "zoe")
         self.assertRegex(run.stdout, r"\A\[1/2\] zoe key, CSR and certificate\n\[2/2\] PFX\n"
@@ -319,7 +319,7 @@ class Renewal(GenCertsCase):
     """bash certs/gen_certs.sh renew [NAME]"""
 
     def test_renew(self) -> None:
-        """New certificates and PFX from the CA and keys that are there, with the names that server.cnf has now."""
+        """New certificates and PFX from the existing CA and keys, with the names now in server.cnf."""
         ready = with_set("echo 'DNS.2 = lab.test' >>server.cnf")
         server = {"server.crt": "for localhost, 127.0.0.1, lab.test; valid until then"}
         client, mallory = ({f"{name}.crt": f"CN {cn}; valid until then",
@@ -332,7 +332,7 @@ class Renewal(GenCertsCase):
                 self.assert_changed(run, "ca.srl", *rows, *["server.csr"] * (arguments == ()))   # with the new name
                 self.assertEqual(re.sub("until .* GMT", "until then", run.stdout).partition("\n\n")[2], "".join((
                     "Renewed in certs/:\n", *(f"  {name:23} {what}\n" for name, what in rows.items()),
-                    "A running server takes them up by itself.\n" * ("server.crt" in rows))))
+                    "A running server loads them by itself.\n" * ("server.crt" in rows))))
                 self.assertTrue(verifies(ready, "server", "client", "mallory"))
                 self.assertTrue(all(opens(ready.certs / name, f"new {arguments}") for name in rows if "pfx" in name))
 
@@ -353,10 +353,10 @@ class Renewal(GenCertsCase):
 
 
 class Refusals(GenCertsCase):
-    """What it does not take on: one line says what is wrong and what to do, and nothing is touched."""
+    """What it refuses: one line says what is wrong and what to do, and nothing is touched."""
 
     def test_arguments(self) -> None:
-        """Anything else than the documented forms, or a NAME that is more than a file's and a common name: exit 2."""
+        """Anything but the documented forms, or a NAME that cannot be both a file name and a common name: exit 2."""
         ready = with_set()
         for says, uses in (
             (r"gen_certs\.sh: cannot use these arguments: {all}; see: bash certs/gen_certs\.sh --help",
@@ -413,7 +413,7 @@ class Refusals(GenCertsCase):
             with self.subTest(f"in server.cnf: {mistake}"):
                 ready = with_set(f"echo '{mistake}' >>server.cnf")
                 self.assertTrue(self.changes_nothing(ready, "renew").stderr.endswith(
-                    "\ngen_certs.sh: failed at [1/3] server certificate; certs/ is as it was; "
+                    "\ngen_certs.sh: failed at [1/3] server certificate; certs/ is unchanged; "
                     "correct certs/server.cnf, as openssl says above\n"))
         config = (ready := with_set()).certs / "server.cnf"
         former = config.read_text()
@@ -438,7 +438,7 @@ class Refusals(GenCertsCase):
              f"certs/ca.crt {unusable}; .* again from its key", again),
             (zoe, ("mv old.key ca.key; mv old.crt ca.crt",), "certs/ca.crt has expired; .* from its key", again),
             (renew, ("echo junk >ca.key", "rm ca.key"), f"certs/ca.key {unusable}; .* it; {lost}", anew),
-            (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key is not the key of certs/ca.crt; .* {lost}", anew),
+            (renew, (f"cp '{ready_set()}/ca.crt' .",), f"certs/ca.key does not match certs/ca.crt; .* {lost}", anew),
             (renew, ("cp server.crt ca.crt",), "certs/ca.crt is not a CA certificate; .* from its key", again),
             (renew, ("rm ca.key ca.crt",), "there is no CA yet; make it first", anew),
             (zoe, ("openssl rsa -in ca.key -aes128 -passout pass:secret -out x; mv x ca.key",),
@@ -475,8 +475,8 @@ class Refusals(GenCertsCase):
                 self.assertTrue(verifies(ready, "server", "client", *["mallory"] * bool(arguments and step != anew)))
 
     def test_what_belongs_to_others(self) -> None:
-        """What cannot be read or written: it says whose it is, and proposes no chmod that lets others in."""
-        # Root may do everything, so root lets nobody do it, in a folder that nobody can reach.
+        """Files that cannot be read or written: it names the owner, and suggests no chmod that gives others access."""
+        # Root can read everything, so as root this runs as the user nobody, in a folder that nobody can reach.
         place = Path(tempfile.mkdtemp(prefix="mtls lab tests ")).resolve()
         self.addCleanup(shutil.rmtree, place)
         ready = with_set()
@@ -503,7 +503,7 @@ class Refusals(GenCertsCase):
                     os.chown(path, 0, 0)
                 result = run("bash", "certs/gen_certs.sh", *arguments)
                 self.assertEqual((result.returncode, result.stdout), (1, ""))
-                says = rf"gen_certs\.sh: cannot {what}: it is {path.owner()}'s, \S+; {step}"
+                says = rf"gen_certs\.sh: cannot {what}: it belongs to {path.owner()}, mode \S+; {step}"
                 self.assertRegex(result.stderr, rf"\A{says}.*\n\Z")
                 if step == own:
                     taken = run("sh", "-c", result.stderr.rpartition("; ")[2])
@@ -513,7 +513,7 @@ class Refusals(GenCertsCase):
 
 
 class Surroundings(GenCertsCase):
-    """Where it is called from, by which shell, and what that shell has inherited."""
+    """Where it is run from, by which shell, and what that shell has inherited."""
 
     def test_any_folder(self) -> None:
         """All files land beside the script, wherever it is called from; NAME may have up to 64 letters and so on."""
@@ -568,7 +568,7 @@ class Surroundings(GenCertsCase):
 
 @unittest.skipUnless(shutil.which("git"), "git is not on this machine")
 class Repository(GenCertsCase):
-    """What git makes of the project's folders."""
+    """What git does with the project's folders."""
 
     def git(self, root: Path, *arguments: str) -> list[str]:
         """The lines that git prints, undisturbed by the developer's own settings."""
@@ -607,7 +607,7 @@ class Password(GenCertsCase):
         prompts = ("Enter Export Password:", "Verifying - Enter Export Password:")
         differ = ["gen_certs.sh: no password, or not the same one twice"]
         empty = ["gen_certs.sh: the password must not be empty"]
-        end = ["gen_certs.sh: no password after 3 attempts; certs/ is as it was"]
+        end = ["gen_certs.sh: no password after 3 attempts; certs/ is unchanged"]
         ready = with_set()
         for arguments, pfx, typed, complaints in (
             ((), "client.pfx", "typed $ecret,typed $ecret", []),
@@ -670,7 +670,7 @@ class NothingLost(GenCertsCase):
                                            fast=not arguments, env={"MTLS_PFX_PASSWORD": password})
                 self.assertEqual(run.stderr.splitlines()[:-1], CHATTER)
                 self.assertNotIn("out 1", run.stdout)
-                self.assertRegex(run.stderr, rf"\ngen_certs\.sh: failed at {re.escape(announced)} .*as it was\n\Z")
+                self.assertRegex(run.stderr, rf"\ngen_certs\.sh: failed at {re.escape(announced)} .*unchanged\n\Z")
 
     def test_interrupts(self) -> None:
         """Ctrl+C during any call of openssl; kill and a closed terminal at some; Ctrl+C at the work of other tools."""
@@ -685,7 +685,7 @@ class NothingLost(GenCertsCase):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: {action} during call {at}"):
                 run = self.changes_nothing(ready, *arguments, at=at, action=action, fast=True, code=codes[action])
                 self.assertEqual((run.stderr, len(run.calls())), (INTERRUPTED, at))
-        again = f'[ "$(wc -l <"$WATCH/calls")" -lt 6 ] || {CTRL_C}'   # in the end; there is one rm before that, too
+        again = f'[ "$(wc -l <"$WATCH/calls")" -lt 6 ] || {CTRL_C}'   # at the end; there is also one rm before that
         for what in ("after mktemp", "before cp", "after chmod", "before rm", "after rm"):
             with self.subTest(f"Ctrl+C {what}"):
                 when, name = what.split()
@@ -745,7 +745,7 @@ class NothingLost(GenCertsCase):
                 self.assert_changed(killed, "ca.srl", *ZOE)
 
     def test_a_move_that_fails(self) -> None:
-        """A file that cannot be replaced, or put in place, is named, and what was moved already goes back."""
+        """If a file cannot be replaced or moved into place, it is named, and files already moved are put back."""
         refuse = "echo 'mv: x: Operation not permitted' >&2; exit 1"
         # Only the move into place has many arguments: it does three files, and fails.
         half = f'[ $# -le 3 ] || {{ for to; do :; done; {shutil.which("mv")} "$2" "$3" "$4" "$to"; {refuse}; }}'
@@ -756,8 +756,8 @@ class NothingLost(GenCertsCase):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: it cannot {what}, without {gone or 'nothing'}"):
                 ready = with_set(f"rm -f {gone}")
                 run = self.changes_nothing(ready, *arguments, fast=True, env=meddling("mv", meddle))
-                self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what}: Operation not permitted; certs/ is as it "
-                                             "was\n")
+                self.assertEqual(run.stderr, f"gen_certs.sh: cannot {what}: Operation not permitted; certs/ is "
+                                             "unchanged\n")
 
     def test_nowhere_to_write(self) -> None:
         """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""
@@ -788,10 +788,10 @@ class NothingLost(GenCertsCase):
 
 
 class OneAtATime(GenCertsCase):
-    """Two runs never mix their files, and a killed one stands in nobody's way."""
+    """Two runs never mix their files, and a killed one blocks nobody."""
 
     def test_lock(self) -> None:
-        """While one runs, others say so and change nothing; a killed one stops none, though its openssl lives on."""
+        """While one runs, others say so and change nothing; a killed one blocks none, even if its openssl lives on."""
         for name, path in (("flock", {}), ("perl", {"PATH": path_without("flock")})):
             if not shutil.which(name):
                 continue
@@ -823,7 +823,7 @@ def extensions(certificate: Path) -> dict[str, tuple[bool, str]]:
 
 
 class Certificates(unittest.TestCase):
-    """What is written in them, what they are good for, and what not."""
+    """What they contain, what they can be used for, and what not."""
 
     def test_extensions(self) -> None:
         """Exactly the extensions of RFC 5280's profile, critical where it says so."""

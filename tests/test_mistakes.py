@@ -1,4 +1,4 @@
-"""The mistakes' outcomes, as the page of the tests tells them, and what of a refused request is on the wire."""
+"""The mistakes' outcomes, as the tests' page has them, and what is on the wire of a refused request."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Groups = dict[str, dict[str, dict[str, str]]]
 
 @once
 def told() -> Groups:
-    """What the tables on the page of the tests tell."""
+    """What the tables on the tests' page say."""
     groups: Groups = {}
     for group in dict.fromkeys(one.group for one in mistakes.EXPERIMENTS):
         groups[group] = {}
@@ -66,7 +66,7 @@ def expected(title: str, entry: dict[str, str]) -> list[dict[str, str]]:
 
 
 def curl_falls_back() -> bool:
-    """Whether there is a curl with OpenSSL: the page tells what that does, not what others do."""
+    """Whether there is a curl with OpenSSL: the page says what that one does, not what others do."""
     curl = shutil.which("curl")
     return bool(curl) and " OpenSSL/" in subprocess.run([str(curl), "--version"], capture_output=True, text=True,
                                                         stdin=subprocess.DEVNULL, check=False).stdout
@@ -108,14 +108,14 @@ class CommandTest(unittest.TestCase):
     def test_words_and_errors(self) -> None:
         """Words choose the experiments that have all of them; if that is none, one line says so.
 
-        Output that nobody reads any more is not an error.
+        Output whose reader has left is not an error.
         """
         stdout, *rest = self.run_it(*COMMAND, "ca", "NO")   # at the beginning of a word in a title or group
         self.assertEqual(rest, ["", 0])
         self.assertEqual([list(entries) for entries in printed(stdout).values()], [["intermediate CA, chain not sent"]])
         groups = ", ".join(told())
         self.assertEqual(self.run_it(*COMMAND, "client", "xyz"), (
-            "", f"mistakes: nothing has 'client xyz' in its title or group; groups: {groups}\n", 2))
+            "", f"mistakes: no experiment has 'client xyz' in title or group; groups: {groups}\n", 2))
         self.assertEqual(self.run_it(*COMMAND, PATH="/none"), ("", "mistakes: the openssl command is missing\n", 1))
         stdout, *rest = self.run_it("sh", "-c", '{ "$@"; echo $? >&2; } | head -n 1', "sh", *COMMAND)
         self.assertEqual((len(stdout.splitlines()), *rest), (1, "0\n", 0))

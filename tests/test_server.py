@@ -1,4 +1,4 @@
-"""The server (server/server.py): TLS settings, who may come in, the TODO list, the log, start and stop."""
+"""The server (server/server.py): TLS settings, who may use it, the TODO list, the log, start and stop."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def has_ipv6() -> bool:
 
 
 class TestTLS(OneServerCase):
-    """What the server's TLS settings admit and refuse."""
+    """What the server's TLS settings accept and refuse."""
 
     def test_versions_and_ciphers(self) -> None:
         """TLS 1.2 and 1.3 with forward secrecy and AEAD; no CBC, HTTP/1.1 by ALPN, no tickets in TLS 1.3."""
@@ -93,7 +93,7 @@ class TestTLS(OneServerCase):
             self.assertRegex(plain.recv(100), rb"^\x15\x03.\x00\x02\x02\x46")
 
     def test_no_renegotiation(self) -> None:
-        """A TLS 1.2 client that asks to renegotiate is told no."""
+        """A TLS 1.2 client that asks to renegotiate is refused."""
         certs = lab().certs
         result = subprocess.run(
             ["openssl", "s_client", "-tls1_2", "-connect", f"127.0.0.1:{self.server.port}", "-CAfile", certs / "ca.crt",
@@ -102,7 +102,7 @@ class TestTLS(OneServerCase):
         self.assertRegex(result.stdout + result.stderr, "(?i)no.renegotiation")
 
     def test_only_certificates_of_our_ca_are_trusted(self) -> None:
-        """All others are refused in the handshake and hear why, also those of a CA that the system trusts."""
+        """All others are refused in the handshake and learn why, including those from a CA the system trusts."""
         none = "peer did not return a certificate"
         unknown = r"client certificate refused: [a-z ]+; no CA in ca.crt has signed it"
         stranger = lab().context(None)
@@ -120,7 +120,7 @@ class TestTLS(OneServerCase):
 
 
 class TestWhoMayComeIn(HttpCase):
-    """Authorization: of those whom our CA has certified, who is served."""
+    """Authorization: which of our CA's clients are served."""
 
     seconds = 9
 
@@ -230,7 +230,7 @@ def refusal_cases() -> Iterator[Case]:
 
 
 def validation_cases() -> Iterator[Case]:
-    """Bodies that are no TODO item: 400 names the field and the rule."""
+    """Bodies that are not a TODO item: 400 names the field and the rule."""
     lists, many = b"[" * 100 + b"1" + b"]" * 100, b'{"task": "x", "other": %s}'
     bodies: dict[str, list[bytes]] = {
         "body: .*JSON": [
@@ -440,7 +440,7 @@ class TestLog(HttpCase):
                 self.assertTrue("CN" not in line or f"CN='{'x' * 200}'... |" in line, line)
 
     def test_stop_with_a_log_that_nobody_reads(self) -> None:
-        """It ends in time, also if stdout is the same stuck pipe, and a request runs."""
+        """It ends in time, even if stdout is the same stuck pipe and a request is running."""
         for stderr in (subprocess.PIPE, subprocess.STDOUT):
             with (self.subTest(stderr=stderr),
                   Server(lab(), stderr=stderr, constants={"event_loop.STOP_SECONDS": 1.0}) as server,
@@ -452,7 +452,7 @@ class TestLog(HttpCase):
                 self.assertLess(time.monotonic() - started, 10, "it should wait for the request, and not much longer")
 
     def test_stop_with_a_log_that_is_read_at_last(self) -> None:
-        """What waits is written, and what was dropped is told, also if it is read only when the last client has gone.
+        """Waiting entries are written and dropped ones counted, even if the log is read after the last client left.
 
         A short queue, so that all can be read in the second that it then takes to end.
         """
@@ -502,7 +502,7 @@ class TestStart(HttpCase):
         """What makes no sense is refused with exit code 2; a busy port, and a host that is none or not ours, with 1."""
         unused: dict[str, str | None] = {"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}   # flags win
         with Server(lab(), "--host", "127.0.0.1", "--port", "0", env=unused) as server:
-            busy = ("(address already in use); stop the program that uses this port, or take another one, in both "
+            busy = ("(address already in use); stop the program that uses this port, or use another one, in both "
                     "terminals: export MTLS_SERVER_PORT=8444")
             cases: list[tuple[list[str], dict[str, str | None], int, str]] = [
                 *(([flag, value], {}, 2, f"argument {flag}") for flag, value in (
@@ -510,7 +510,7 @@ class TestStart(HttpCase):
                     ("--allow-cn", ""), ("--allow-cn", "a,,b"))),
                 (["--allow-cn"], {}, 2, ""), (["--nonsense"], {}, 2, ""), (["extra"], {}, 2, ""),
                 ([], {"MTLS_ALLOWED_CNS": ","}, 2, "MTLS_ALLOWED_CNS"),
-                ([], {"MTLS_SERVER_PORT": "banana"}, 2, "MTLS_SERVER_PORT: 'banana' is no port (0 to 65535)"),
+                ([], {"MTLS_SERVER_PORT": "banana"}, 2, "MTLS_SERVER_PORT: 'banana' is not a port (0 to 65535)"),
                 *((["--port", "0", "--host", host], {}, 1, "--host") for host in (
                     "no.such.host.invalid", "999.1.1.1", "192.0.2.1", "a" * 70, "2001:db8::1")),
                 (["--port", "0"], {"MTLS_SERVER_HOST": "192.0.2.1"}, 1, "--host"),
@@ -552,7 +552,7 @@ class TestStart(HttpCase):
         self.assertEqual([line for line in server.stderr.now() if not line.startswith("[SERVER] ")], [])
 
     def test_second_ctrl_c(self) -> None:
-        """It says what it waits for; Ctrl+C once more ends at once. (For the first one alone see test_connections.)"""
+        """It says what it waits for; a second Ctrl+C ends it at once. (For a single one, see test_connections.)"""
         with Server(lab()) as server, Talk(server.connect()) as talk:
             talk.begin_post()
             server.process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""The server's HTTP (server/strict_http.py): which requests it takes, how answers look, and what it logs of them.
+"""The server's HTTP (server/strict_http.py): which requests it accepts, how it answers, and what it logs.
 
 Its rules are called: bytes in, a response out. Only what is about TLS and waiting goes over a connection.
 """
@@ -34,7 +34,7 @@ MAX_BODY = 64 * 1024
 TLS_VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 FORGED = "[SERVER] FORGED | all is well"
 NASTY = ("\r", "\x1b[2J\x1b]0;x\x07", "\x00", "\x08\x08", "\x7f", "\x85", "\x9b2J", "\t", "\x0b", "\xa0", "\xad")
-"""What must not come into the log as it is."""
+"""What must not get into the log unescaped."""
 STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
 """What JSON answers escape, because it could steer the terminal of whoever reads it."""
 
@@ -140,7 +140,7 @@ class CalledServer(TodoServer):
 
 
 def responses(handler: TodoHandler, pieces: Iterable[bytes]) -> Iterator[bytes]:
-    """What a handler says, request by request, to bytes that come in these pieces and then end."""
+    """What a handler answers, request by request, to bytes that come in these pieces and then end."""
     for piece in pieces:
         handler.receive(piece)
         while handler.handle_one_request():
@@ -162,7 +162,7 @@ class HttpCase(ServerCase):
     """Judges answers."""
 
     def assert_sound(self, answer: Answer, status: int, method: str = "GET") -> None:
-        """The status is this one, and the answer is like all of the server's: JSON, rightly measured."""
+        """The status is this one, and the answer is like all of the server's: JSON, with the right length."""
         self.assertEqual(answer.status, status, f"the answer: {answer.body[:200]!r}")
         self.assertEqual(answer.headers.get_all("Content-Type"), ["application/json"])
         self.assertEqual(answer.headers.get("Allow"), "GET, HEAD, POST" if status == 405 else None)
@@ -214,7 +214,7 @@ class OneServerCase(HttpCase):
 
 
 class TestRequests(HttpCase):
-    """What is answered to which request, and that it is logged once."""
+    """Which request gets which answer, and that it is logged once."""
 
     def test_cases(self) -> None:
         """Each request gets its answer, is logged once, and adds to the list only what it should."""
@@ -251,7 +251,7 @@ class TestRequests(HttpCase):
                     self.assertEqual(found.encode().decode("unicode_escape"), line)
 
     def test_a_line_costs_no_more_than_its_bytes(self) -> None:
-        """Also if they come one by one: each is searched for a line end once."""
+        """Even if they arrive one by one: each byte is searched for a line end only once."""
         class Received(bytearray):
             searched = 0
 
@@ -415,7 +415,7 @@ class TestConnections(OneServerCase):
             self.assert_ends_well(talk)
 
     def test_a_request_that_ends_too_early(self) -> None:
-        """A peer that ends in the middle of a request is told 400, and nothing is stored."""
+        """A peer that ends in the middle of a request gets 400, and nothing is stored."""
         ends: dict[str, Callable[[Wire], object]] = {
             "TCP's end": lambda wire: wire.plain.shutdown(socket.SHUT_WR),
             "close_notify": lambda wire: wire.plain.sendall(wire.bytes_of(wire.tls.unwrap)),

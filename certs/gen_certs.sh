@@ -25,8 +25,8 @@ usage() {
   cat <<'TEXT'
 usage: bash certs/gen_certs.sh                certificates of CA, server, client
        bash certs/gen_certs.sh client NAME    one for another client, CN = NAME
-       bash certs/gen_certs.sh renew [NAME]   server's and client's, or NAME's
-       bash certs/gen_certs.sh --help         this text
+       bash certs/gen_certs.sh renew [NAME]   renew server and client, or NAME
+       bash certs/gen_certs.sh --help         show this help
 
 Without arguments it replaces the whole set, CA included. renew keeps the CA
 and the keys, and makes what is missing; NAME is server, client or another
@@ -94,7 +94,7 @@ esac
 # --- One run at a time, nothing left behind ------------------------------------------------
 
 # The kernel holds this lock for as long as this process lives: a killed run cannot leave it
-# behind, and two runs can never both have it. macOS and Git Bash have no flock, but perl.
+# behind, and two runs can never both have it. macOS and Git Bash have perl instead of flock.
 error=$({ : 9<>"$certs/gen_certs.sh"; } 2>&1) || cannot write gen_certs.sh ' (for the lock)'
 exec 9<>"$certs/gen_certs.sh"
 if command -v flock >/dev/null; then flock -n 9
@@ -200,9 +200,9 @@ if [ "$command" != set ]; then
     fail "$here/ca.crt holds no certificate in PEM form; $again"
   if [ "$public" != "$(about pkey -pubout -in certs/ca.key)" ]; then
     [ "$(grep -c BEGIN certs/ca.crt)" = 1 ] ||   # of two CAs in it, openssl signs with the first
-      fail "the first certificate in $here/ca.crt is not that of $here/ca.key; move that one to the top"
+      fail "the first certificate in $here/ca.crt does not match $here/ca.key; move the one that does to the top"
     case $(about x509 -noout -text -in certs/ca.crt) in
-      *CA:TRUE*) fail "$here/ca.key is not the key of $here/ca.crt; restore the one that is wrong; $lost" ;;
+      *CA:TRUE*) fail "$here/ca.key does not match $here/ca.crt; restore the one that is wrong; $lost" ;;
       *) fail "$here/ca.crt is not a CA certificate; $again" ;;
     esac
   fi
@@ -280,8 +280,8 @@ done
 # --- The PFX: the client's certificate, its key and the CA's certificate in one file -------
 
 # The ciphers are set, because the defaults differ and none of them can be imported everywhere;
-# 3DES with a SHA-1 MAC can. Its strength is the password, which is passed in the environment:
-# arguments are visible to every user.
+# 3DES with a SHA-1 MAC can. Its only strength is the password, which is passed in the
+# environment: arguments are visible to every user.
 made_up_password=
 if [ -n "$client" ]; then
   begin PFX
@@ -300,7 +300,7 @@ if [ -n "$client" ]; then
       then break; fi
       complain 'the password must not be empty'
     else
-      case $said in *"Can't read Password"*) complain 'no password, or not the same one twice' ;; *) give_up '' ;; esac
+      case $said in *"Can't read Password"*) complain 'no password, or the two differ' ;; *) give_up '' ;; esac
     fi
     [ "$attempt" -lt 3 ] || fail "no password after $attempt attempts; $unchanged"
   done
@@ -326,7 +326,7 @@ for file in "${made[@]}"; do
 done
 if ! try mv -f "${made[@]/#/certs/}" "$certs/"; then
   (cd "$certs" && rm -f "${made[@]}")
-  fail "cannot write in $here/: ${said##*: }; $unchanged"
+  fail "cannot write to $here/: ${said##*: }; $unchanged"
 fi
 mv old replaced   # nothing to put back any more
 set +e            # the work is done, even if a report fails

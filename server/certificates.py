@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from problems import Unusable, cure, in_words, load, read
+from problems import Unusable, in_words, load, next_step, read
 
 FILES = ("ca.crt", "server.crt", "server.key")
 PATIENCE = 5.0   # seconds before the log says that a new set is unusable: moving files takes less
@@ -22,7 +22,7 @@ PATIENCE = 5.0   # seconds before the log says that a new set is unusable: movin
 NO_CHECK_TIME = 0x200000   # X509_V_FLAG_NO_CHECK_TIME, for which Python has no name
 
 
-class Found(NamedTuple):
+class CertificateSet(NamedTuple):
     """A set of files that match."""
 
     ca: bytes               # ca.crt: one CA or several
@@ -43,56 +43,56 @@ class Certificates:
     """
 
     context: ssl.SSLContext
-    found: Found
+    in_use: CertificateSet
 
     def __init__(self, folder: Path, make_context: Callable[[Path], ssl.SSLContext]) -> None:
         self.folder, self.make_context = folder, make_context
         self.generation = 0
         self.stamps: list[tuple[int, ...] | None] = []   # of the files in use
-        self.problem, self.since, self.told = "", 0.0, ""   # why the files are not used, since when, what was logged
+        self.problem, self.since, self.reported = "", 0.0, ""   # why files are unusable, since when, what was logged
         self.take_up()
 
     def look(self) -> str | None:
         """Load the files if they have changed. Returns a line for the log, or None. Call it once a second."""
-        former, generation, told = self.found, self.generation, self.told
+        former, generation, reported = self.in_use, self.generation, self.reported
         try:
             if self.stamps != file_stamps(self.folder):
                 self.take_up()
         except Unusable as error:
             return self.complaint(str(error))
-        self.problem, self.told = "", ""
-        news = "new ones are in use"
-        if (former.ca, former.certificate) == (self.found.ca, self.found.certificate):   # then the key is the same, too
-            if not told:
+        self.problem, self.reported = "", ""
+        state = "new ones are in use"
+        if (former.ca, former.certificate) == (self.in_use.ca, self.in_use.certificate):   # then the key is the same
+            if not reported:
                 return None
-            news = "the former ones are back"
-        line = f"CERTIFICATES | {news} | server.crt valid until {self.found.valid_until}"
+            state = "the former ones are back"
+        line = f"CERTIFICATES | {state} | server.crt valid until {self.in_use.valid_until}"
         if self.generation != generation:
-            line += " | ca.crt has changed" if former.cas & self.found.cas else " | the CA is new"
+            line += " | ca.crt has changed" if former.cas & self.in_use.cas else " | the CA is new"
         return f"{line} | WARNING: {self.warning}" if self.warning else line
 
     def take_up(self) -> None:
         """Load what is in the folder and use it from now on. If it raises Unusable, nothing has changed."""
         stamps = file_stamps(self.folder)
         try:
-            found = verified(self.folder)
+            new = verified(self.folder)
             context = self.make_context(self.folder)
-            send_with_ca(context, self.folder, found)
+            send_with_ca(context, self.folder, new)
         except OSError as error:   # ssl.SSLError is one; or a file vanished after it was read
             raise Unusable(f"{self.folder}: cannot load the certificates ({in_words(error)}); try again") from None
         if file_stamps(self.folder) != stamps:
             raise Unusable(f"{self.folder}: the certificates are being replaced; try again when that is done")
-        if self.stamps and self.found.ca != found.ca:
+        if self.stamps and self.in_use.ca != new.ca:
             self.generation += 1
-        self.stamps, self.found, self.context, self.warning = stamps, found, context, found.warning
+        self.stamps, self.in_use, self.context, self.warning = stamps, new, context, new.warning
 
     def complaint(self, problem: str) -> str | None:
         """The log line about a problem, once, when it has lasted for some time; otherwise None."""
         if problem != self.problem:
             self.problem, self.since = problem, time.monotonic()
-        if problem == self.told or time.monotonic() - self.since < PATIENCE:
+        if problem == self.reported or time.monotonic() - self.since < PATIENCE:
             return None
-        self.told = problem
+        self.reported = problem
         return f"CERTIFICATES | the former ones stay in use | {problem}"
 
 
@@ -108,7 +108,7 @@ def file_stamps(folder: Path) -> list[tuple[int, ...] | None]:
     return stamps
 
 
-def send_with_ca(context: ssl.SSLContext, folder: Path, found: Found) -> None:
+def send_with_ca(context: ssl.SSLContext, folder: Path, new: CertificateSet) -> None:
     """Load our certificate once more, together with the CA's in one file.
 
     OpenSSL sends both in any case. But if it is not given the whole chain, it builds and verifies
@@ -117,13 +117,13 @@ def send_with_ca(context: ssl.SSLContext, folder: Path, found: Found) -> None:
     """
     with contextlib.suppress(OSError), tempfile.TemporaryDirectory() as temporary:
         chain = Path(temporary) / "chain.pem"
-        chain.write_bytes(found.certificate + b"\n" + found.issuer)
+        chain.write_bytes(new.certificate + b"\n" + new.issuer)
         context.load_cert_chain(chain, folder / "server.key", password="")
 
 
 # --- Verify them as a client will ----------------------------------------------------------
 
-def verified(folder: Path) -> Found:
+def verified(folder: Path) -> CertificateSet:
     """The set in the folder. Raises Unusable if a client that trusts ca.crt would not accept it, dates aside."""
     contents = [read(folder / name) for name in FILES]
     ca, certificate, key = (folder / name for name in FILES)
@@ -131,27 +131,28 @@ def verified(folder: Path) -> Found:
     load(ca, lambda: client.load_verify_locations(ca))
     load(certificate, lambda: ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_verify_locations(certificate))
     if not client.get_ca_certs():
-        raise Unusable(f"{ca}: is not a CA's certificate; {cure(ca)}")
+        raise Unusable(f"{ca} is not a CA certificate; {next_step(ca)}")
     server = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
         # The empty password makes an encrypted key an error; without it, OpenSSL would ask for one.
         server.load_cert_chain(certificate, key, password="")
     except ssl.SSLError as error:
         if error.reason in ("KEY_VALUES_MISMATCH", "NO_CERTIFICATE_ASSIGNED"):   # the latter: RSA beside EC
-            raise Unusable(f"{key}: does not belong to server.crt; {cure(certificate)}") from None
+            raise Unusable(f"{key} does not match server.crt; {next_step(certificate)}") from None
         if error.reason and error.reason.startswith(("EE_", "CA_")):   # it is too weak for OpenSSL's security level
-            raise Unusable(f"{certificate}: {in_words(error)}; {cure(key)}") from None
-        raise Unusable(f"{key}: is damaged; {cure(key)}") from None
+            raise Unusable(f"{certificate}: {in_words(error)}; {next_step(key)}") from None
+        raise Unusable(f"{key} is damaged; {next_step(key)}") from None
     try:
         leaf = handshake(client, server)
     except ssl.SSLError as error:
         words = getattr(error, "verify_message", None) or in_words(error)
         problem = PROBLEMS.get(getattr(error, "verify_code", 0), f"does not verify with ca.crt ({words})")
-        raise Unusable(f"{certificate}: {problem}; {cure(certificate)}") from None
+        raise Unusable(f"{certificate} {problem}; {next_step(certificate)}") from None
     issuer, about_issuer = the_issuer(contents[0], server)
-    warning = dates(ca, about_issuer) or dates(certificate, leaf) or names(certificate, leaf)
-    return Found(contents[0], contents[1], frozenset(client.get_ca_certs(binary_form=True)), issuer,
-                 str(leaf["notAfter"]), warning)
+    warning = (problem_with_dates(ca, about_issuer) or problem_with_dates(certificate, leaf)
+               or problem_with_names(certificate, leaf))
+    return CertificateSet(contents[0], contents[1], frozenset(client.get_ca_certs(binary_form=True)), issuer,
+                          str(leaf["notAfter"]), warning)
 
 
 PROBLEMS = dict.fromkeys((7, 18, 19, 20, 21), "is not signed by the CA in ca.crt") | {
@@ -191,19 +192,19 @@ def the_issuer(ca: bytes, server: ssl.SSLContext) -> tuple[bytes, dict[str, Any]
     return b"", {}
 
 
-def dates(file: Path, about: dict[str, Any]) -> str | None:
+def problem_with_dates(file: Path, about: dict[str, Any]) -> str | None:
     """Why a client will refuse this certificate today, and what to do; None if it will not."""
     start, end = about.get("notBefore"), about.get("notAfter")
     if start and time.time() < ssl.cert_time_to_seconds(start):
         return (f"{file}: certificate is not yet valid (before {start}): clients will refuse it; "
-                f"set this machine's clock, or {cure(file)}")
+                f"set this machine's clock, or {next_step(file)}")
     if end and time.time() > ssl.cert_time_to_seconds(end):
-        return f"{file}: certificate has expired ({end}): clients will refuse it; {cure(file)}"
+        return f"{file}: certificate has expired ({end}): clients will refuse it; {next_step(file)}"
     return None
 
 
-def names(file: Path, certificate: dict[str, Any]) -> str | None:
+def problem_with_names(file: Path, certificate: dict[str, Any]) -> str | None:
     """The same for a certificate that was signed without the extensions from server.cnf."""
     if "subjectAltName" in certificate:
         return None
-    return f"{file}: has no names (subjectAltName): clients will refuse it; {cure(file)}"
+    return f"{file} has no names (subjectAltName): clients will refuse it; {next_step(file)}"

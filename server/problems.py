@@ -46,28 +46,29 @@ def read(file: Path) -> bytes:
     """The content of a file. Raises Unusable if it does not look like what it should be."""
     try:
         if file.is_dir():
-            raise Unusable(f"{file}: is a folder (Docker creates one if a file to mount is missing); "
+            raise Unusable(f"{file} is a folder (Docker creates one if a file to mount is missing); "
                            f"remove it: rmdir certs/{file.name}")
         content = file.read_bytes()
     except FileNotFoundError:
-        raise Unusable(f"{file}: is missing; {cure(file)}") from None
+        raise Unusable(f"{file} is missing; {next_step(file)}") from None
     except PermissionError:
-        raise Unusable(f"{file}: may not be read; {permit(file)}") from None
+        raise Unusable(f"{file} cannot be read (Permission denied); {permit(file)}") from None
     except OSError as error:
-        raise Unusable(f"{file}: cannot be read ({error.strerror}); look at it: ls -l certs/{file.name}") from None
+        raise Unusable(f"{file} cannot be read ({error.strerror}); look at it: ls -l certs/{file.name}") from None
     holds = [what for what, pattern in LOOKS.items() if re.search(pattern, content, re.DOTALL)]
-    holds = holds or ["neither PEM nor DER"]
+    holds = holds or ["something unknown"]
     wanted = "a private key" if file.name == "server.key" else "a certificate"
     if wanted in holds and "a private key with a password" not in holds:
         return content
-    step = cure(file)
+    step = next_step(file)
     if command := CONVERT.get((file.name, holds[0])):
         step = f"openssl {command} -in certs/{file.name} -out certs/new.pem"
         if wanted == "a private key":   # it must be private from the moment it exists
             step = f"(umask 077; {step})"
         purpose = "remove the password" if command == "pkey" else "convert it"
         step = f"{purpose}: {step} && mv certs/new.pem certs/{file.name}"
-    raise Unusable(f"{file}: holds {holds[0]}, but should hold {wanted} in PEM; {step}")
+    found = "is empty" if holds[0] == "nothing" else f"holds {holds[0]}"
+    raise Unusable(f"{file} {found}, but should hold {wanted} in PEM; {step}")
 
 
 def load(file: Path, attempt: Callable[[], None]) -> None:
@@ -75,10 +76,10 @@ def load(file: Path, attempt: Callable[[], None]) -> None:
     try:
         attempt()
     except ssl.SSLError:
-        raise Unusable(f"{file}: is damaged; {cure(file)}") from None
+        raise Unusable(f"{file} is damaged; {next_step(file)}") from None
 
 
-def cure(file: Path) -> str:
+def next_step(file: Path) -> str:
     """The step with the least side effects that replaces a missing or unusable file."""
     def has(name: str) -> bool:
         return (file.parent / name).exists()

@@ -133,9 +133,9 @@ class TodoServer(EventLoopServer):
         """Once a second, look for new certificates, and use them for new connections."""
         if time.monotonic() >= self.next_look:
             self.next_look = time.monotonic() + 1.0
-            news = self.certificates.look()
-            if news:
-                self.log.write(news)
+            line = self.certificates.look()
+            if line:
+                self.log.write(line)
             # OpenSSL keeps the sessions of TLS 1.2 clients that take no ticket: up to 20,480 for two hours, each with
             # all certificates that the client sent. Python cannot limit that, but a new context starts without any.
             if self.context.session_stats()["number"] > MAX_SESSIONS:

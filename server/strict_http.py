@@ -41,7 +41,7 @@ REQUEST_LINE = re.compile(rb"(" + TOKEN + rb") ([!-~]+) HTTP/([1-9])\.([0-9])\r?
 HEADER_LINE = re.compile(rb"(" + TOKEN + rb"):([\t -~\x80-\xff]*)\r?\n")               # RFC 9112 section 5
 HOST = r"(?:\[[0-9A-Fa-f:.]+\]|[\w.~!$&'()*+,;=%-]*)(?::\d*)?"                         # RFC 3986 section 3.2
 ABSOLUTE = re.compile(rf"\Ahttps?://(?=[^/:]){HOST}(?=/)", re.ASCII | re.IGNORECASE)     # RFC 9112 section 3.2.2
-STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")   # control characters that JSON does not escape
+CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")   # control characters that JSON does not escape
 
 http_date = functools.lru_cache(maxsize=1)(email.utils.formatdate)
 
@@ -92,7 +92,7 @@ class StrictHandler(http.server.BaseHTTPRequestHandler):
         self.begin()
 
     def begin(self) -> None:
-        """Expect a new request. (``close_connection`` still says whether one may come.)"""
+        """Be ready to read a request. (``close_connection`` stays as the last answer has set it.)"""
         self.requestline, self.command, self.request_version = "", "", "HTTP/1.1"
         self.fields = {}
         self.empty_lines = self.header_lines = self.header_bytes = 0
@@ -299,7 +299,7 @@ def encode(value: object) -> bytes:
     Characters that could control the terminal of someone who uses curl stay escaped.
     """
     text = json.dumps(value, indent=2, ensure_ascii=False)
-    return STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
+    return CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", text).encode() + b"\n"
 
 
 def depth(text: str) -> int:

@@ -98,7 +98,7 @@ def comes_true(condition: Callable[[], object], seconds: float = PATIENCE) -> bo
 
 def succeed(*command: str | Path, cwd: Path | None = None, env: Mapping[str, str | None] | None = None,
             typed: str = "") -> str:
-    """Run a command without a terminal; returns all that it prints, raises AssertionError with it on failure.
+    """Run a command without a terminal; returns its output, or raises AssertionError with it on failure.
 
     What is ``typed`` comes from a pipe. Without a terminal, openssl reads a password from there, too.
     """
@@ -193,7 +193,7 @@ def free_port() -> str:
 
 @once
 def compiled() -> Path:
-    """The project's programs, compiled, so that not every copy has to do it anew."""
+    """The project's programs, compiled, so that not every copy has to compile them again."""
     folder = new_folder("compiled")
     for pattern in ("certs/*.sh", "certs/*.cnf", "server/*.py", "client/*.py"):
         for file in ROOT.glob(pattern):
@@ -263,7 +263,7 @@ def other_lab() -> Lab:
 
 
 def copy_of_lab(name: str, spoil: str = "") -> Lab:
-    """A lab with the certificates of the shared one, that a test may change; first, by commands in its certs/."""
+    """A copy of the shared lab that a test may change; ``spoil`` (sh) is done first, in its certs/."""
     copy = Lab(name)
     for file in lab().certs.iterdir():
         if file.stem in ("ca", "server", "client", "mallory"):   # not what other tests add
@@ -412,7 +412,7 @@ class Server(contextlib.AbstractContextManager["Server"]):
         return len(list(Path("/proc", str(self.process.pid), what).glob("*")))
 
     def peak_memory(self) -> float:
-        """The most that it has had resident so far, in MB; 0 where there is no /proc."""
+        """Its peak resident memory so far, in MB; 0 where there is no /proc."""
         for status in Path("/proc", str(self.process.pid)).glob("status"):
             return int(re.findall(r"VmHWM:\s+(\d+) kB", status.read_text())[0]) / 1024
         return 0
@@ -536,7 +536,7 @@ class Wire(contextlib.AbstractContextManager["Wire"]):
         self.plain.sendall(self.bytes_of(lambda: self.tls.write(data)))
 
     def hear(self) -> bytes:
-        """All that the server says until its close_notify. An end without one raises an OSError."""
+        """All that the server sends until its close_notify. An end without one raises an OSError."""
         heard = b""
         while True:
             try:

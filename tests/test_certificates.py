@@ -93,32 +93,32 @@ class TestWords(unittest.TestCase):
 RENEW = "bash certs/gen_certs.sh renew"
 REMADE, ANOTHER = "openssl req -new -x509 .* -key certs/ca.key", f"mv certs/server.key certs/server.old.key && {RENEW}"
 CAUSES: list[tuple[str, ...]] = [   # what spoils a lab, and what the server says, step by step
-    ("rm ca.crt", f"ca.crt: is missing; .*: {REMADE}"),
+    ("rm ca.crt", f"ca.crt is missing; .*: {REMADE}"),
     ("rm ca.crt ca.key", "copy it from where .*, or .* new CA: bash certs/gen_certs.sh$"),
-    ("rm *.key server.crt ca.crt", "ca.crt: is missing; .* CA included: bash certs/gen_certs.sh$"),
-    (": >ca.crt", f"ca.crt: holds nothing, .*: {REMADE}"),
-    ("sed -i.old 5d ca.crt", f"ca.crt: is damaged; .*: {REMADE}"),
+    ("rm *.key server.crt ca.crt", "ca.crt is missing; .* CA included: bash certs/gen_certs.sh$"),
+    (": >ca.crt", f"ca.crt is empty, .*: {REMADE}"),
+    ("sed -i.old 5d ca.crt", f"ca.crt is damaged; .*: {REMADE}"),
     ("openssl x509 -outform DER -in ca.crt -out a; mv a ca.crt", "in DER, .*: openssl x509 -inform DER"),
-    ("cp server.crt ca.crt", f"ca.crt: is not a CA's certificate; .*: {REMADE}"),
-    ("rm server.crt server.key client.crt", f"server.crt: is missing; .*: {RENEW}$"),
+    ("cp server.crt ca.crt", f"ca.crt is not a CA certificate; .*: {REMADE}"),
+    ("rm server.crt server.key client.crt", f"server.crt is missing; .*: {RENEW}$"),
     ("rm server.crt; mkdir server.crt", "is a folder .*: rmdir certs/server.crt$", f"is missing; .*: {RENEW} server$"),
     ("cp server.csr server.crt", rf"holds a certificate request \(CSR\), .*: {RENEW}"),
-    ("sed -i.old 5d server.crt", f"server.crt: is damaged; .*: {RENEW}"),
-    ("cp server.key server.crt", f"server.crt: holds a private key, .*: {RENEW}"),
+    ("sed -i.old 5d server.crt", f"server.crt is damaged; .*: {RENEW}"),
+    ("cp server.key server.crt", f"server.crt holds a private key, .*: {RENEW}"),
     ("openssl pkcs12 -export -passout pass:secret -inkey server.key -in server.crt -out a; cp a server.crt; "
-     "mv a server.key", r"server.crt: holds a PFX \(PKCS#12\), .*: openssl pkcs12 -clcerts",
-     "server.key: .*pkcs12 -nocerts"),
-    ('cp "$OTHER"/server.* .', f"server.crt: is not signed by the CA in ca.crt; .*: {RENEW}"),
-    ("cp client.crt server.crt; cp client.key server.key", f"server.crt: is not for a server .*; .*: {RENEW}"),
-    ("rm server.key", f"server.key: is missing; .*: {RENEW}"),
-    ("echo junk >server.key", f"server.key: holds neither PEM nor DER, .*: {ANOTHER}"),
-    ("sed -i.old 5d server.key", f"server.key: is damaged; .*: {ANOTHER}"),
-    ("cp client.key server.key", f"server.key: does not belong to server.crt; .*: {RENEW}"),
-    ("openssl ecparam -name prime256v1 -genkey -noout -out server.key", "server.key: does not belong to"),
+     "mv a server.key", r"server.crt holds a PFX \(PKCS#12\), .*: openssl pkcs12 -clcerts",
+     "server.key holds .*pkcs12 -nocerts"),
+    ('cp "$OTHER"/server.* .', f"server.crt is not signed by the CA in ca.crt; .*: {RENEW}"),
+    ("cp client.crt server.crt; cp client.key server.key", f"server.crt is not for a server .*; .*: {RENEW}"),
+    ("rm server.key", f"server.key is missing; .*: {RENEW}"),
+    ("echo junk >server.key", f"server.key holds something unknown, .*: {ANOTHER}"),
+    ("sed -i.old 5d server.key", f"server.key is damaged; .*: {ANOTHER}"),
+    ("cp client.key server.key", f"server.key does not match server.crt; .*: {RENEW}"),
+    ("openssl ecparam -name prime256v1 -genkey -noout -out server.key", "server.key does not match"),
     ("openssl pkey -outform DER -in server.key -out a; mv a server.key", "in DER, .*openssl pkey -inform DER"),
     ("openssl rsa -aes128 -passout pass:secret -in server.key -out a; mv a server.key",
      "holds a private key with a password, .*; remove the password: .*openssl pkey"),
-    *([("echo >server.key; chmod 0 server.key", "may not be read; it is yours: chmod u.r certs/", ANOTHER)]
+    *([("echo >server.key; chmod 0 server.key", "Permission denied.; it is yours: chmod u.r certs/", ANOTHER)]
       if os.getuid() else []),   # root may read everything
 ]
 
@@ -161,7 +161,7 @@ class TestLook(unittest.TestCase):
         copy = copy_of_lab("changes")
         key, aside = copy.certs / "server.key", copy.certs / "aside"
         in_use = r"^CERTIFICATES \| new ones are in use \| server.crt valid until [^|]* GMT"
-        stay = r"^CERTIFICATES \| the former ones stay in use \| .*/server.key: "
+        stay = r"^CERTIFICATES \| the former ones stay in use \| .*/server.key "
         both = of("ca.crt", other_lab()) + of("ca.crt")
 
         def replace(by: Lab) -> None:
@@ -173,7 +173,7 @@ class TestLook(unittest.TestCase):
             (lambda: copy.generate("renew", "server"), in_use + "$", 0),
             (lambda: key.rename(aside), stay + "is missing; .* renew", 0),
             (lambda: None, "", 0),
-            (lambda: key.write_text("junk"), stay + "holds neither PEM nor DER", 0),
+            (lambda: key.write_text("junk"), stay + "holds something unknown", 0),
             (lambda: aside.replace(key), "the former ones are back", 0),
             (key.touch, "", 0),
             (lambda: (copy.certs / "ca.crt").write_bytes(both), in_use + r" \| ca.crt has changed$", 1),
@@ -193,14 +193,14 @@ class TestLook(unittest.TestCase):
     def test_warnings(self) -> None:
         """A certificate that clients will refuse is used, with a warning; what the warning says to do helps."""
         names = "subjectAltName = IP:127.0.0.1"
-        for words, *case in (("certificate has expired", names, *EXPIRED),
-                             ("certificate is not yet valid", names, "20490101000000Z", "20490201000000Z"),
-                             ("has no names", "extendedKeyUsage = serverAuth")):
+        for words, *case in ((": certificate has expired", names, *EXPIRED),
+                             (": certificate is not yet valid", names, "20490101000000Z", "20490201000000Z"),
+                             (" has no names", "extendedKeyUsage = serverAuth")):
             copy = copy_of_lab("warnings")
             certificates = Certificates(copy.certs, tls_context)
             issue(copy, "server", "/CN=localhost", *case)
             with self.subTest(words):
-                warning = f"/server.crt: {words}.*: clients will refuse it; .*: bash certs/gen_certs.sh renew server$"
+                warning = f"/server.crt{words}.*: clients will refuse it; .*: bash certs/gen_certs.sh renew server$"
                 self.assertRegex(certificates.look() or "", rf" \| new ones are in use .* \| WARNING: .*{warning}")
                 self.assertRegex(Certificates(copy.certs, tls_context).warning or "", warning)
                 copy.generate("renew", "server")
@@ -234,7 +234,7 @@ class TestLook(unittest.TestCase):
                 for name in ("server.crt", "server.key"):
                     (copy.certs / name).write_bytes(of(name, server_of))
                 certificates = Certificates(copy.certs, tls_context)
-                self.assertEqual(certificates.found.issuer, of("ca.crt", server_of), "what is sent with server.crt")
+                self.assertEqual(certificates.in_use.issuer, of("ca.crt", server_of), "what is sent with server.crt")
                 for version in ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3:
                     for client_of in order:
                         client = server_of.context(of=client_of, maximum_version=version)

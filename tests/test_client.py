@@ -168,7 +168,7 @@ class ClientCase(unittest.TestCase):
     """What tests of both clients share."""
 
     def check(self, cases: list[Case], root: Path | None = None) -> None:
-        """Run the clients, a few at a time; each must end as its case says, without what could steer a terminal."""
+        """Run the clients, a few at a time; each must end as its case says, and print no control characters."""
         for case, result in zip(cases, support.side_by_side(lambda case: run(case, root), cases), strict=True):
             with self.subTest(case.program, words=case.words):
                 said = result.stdout + result.stderr
@@ -197,7 +197,7 @@ class TestOurServer(ClientCase):
                 self.assertEqual((result.returncode, result.stderr, result.stdout), (0, "", shown))
 
     def test_verbose(self) -> None:
-        """-v shows what the handshake agreed on before a refusal of TLS 1.3, which TLS 1.2 makes within it.
+        """-v shows what was agreed on before TLS 1.3 refuses; TLS 1.2 refuses during the handshake.
 
         The negative test passes with OpenSSL's own words, with -v or without.
         """

@@ -25,7 +25,7 @@ from tests import side_by_side as load_tests  # noqa: F401
 from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire, comes_true, issue, lab, request
 
 MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/event_loop.py
-SLACK = 8.0   # seconds that a deadline may come late: the machine may be busy
+SLACK = 8.0   # seconds by which a deadline may be late: the machine may be busy
 HANDSHAKE, IDLE, REQUEST, RESPONSE, LINGERING = (
     f"connections.DEADLINES[connections.Phase.{phase}]"
     for phase in ("HANDSHAKE", "IDLE", "REQUEST", "RESPONSE", "LINGERING"))
@@ -96,7 +96,7 @@ def drip(connection: socket.socket, pieces: Iterable[bytes], seconds: float) -> 
 
 
 def processor_seconds(server: Server) -> float:
-    """That it has used so far, as clock_getcpuclockid(3) finds them; 0 where there is no /proc."""
+    """CPU time that it has used so far, as clock_getcpuclockid(3) finds it; 0 where there is no /proc."""
     return time.clock_gettime(~server.process.pid << 3 | 2) if server.at_rest else 0.0
 
 
@@ -112,7 +112,7 @@ def slow_reader(server: Server) -> Talk:
 
 
 def fill_list(server: Server, number: int) -> None:
-    """Add so many items, each of 6 KB in the answer to a GET."""
+    """Add this many items, each of 6 KB in the answer to a GET."""
     with Talk(server.connect()) as talk:
         for _ in range(number):
             assert talk.ask("POST", "/todo", b'{"task": "%b"}' % (rb"\u0000" * 1000)).status == 201
@@ -137,7 +137,7 @@ def rejected(server: Server, at_least: int) -> list[str]:
 
 
 def kept_alive(server: Server, held: contextlib.ExitStack, number: int, certificate: str = "client") -> list[Talk]:
-    """So many connections that have been served and are idle now, the longest idle first."""
+    """This many connections that have been served and are idle now, the longest idle first."""
     talks = [held.enter_context(Talk(server.connect(certificate))) for _ in range(number)]
     for talk in talks:
         assert talk.ask("GET", "/nothing").status in {404, 403}
@@ -203,13 +203,13 @@ class TestDeadlines(ServerCase):
     # The waits, each from its beginning to its end
 
     def shake_hands(self, server: Server, part: Callable[[Wire], bytes]) -> None:
-        """Send this part of the handshake byte by byte, and hear no more than the end."""
+        """Send this part of the handshake byte by byte, and read nothing but the end."""
         with Wire(server) as wire:
             drip(wire.plain, (bytes([byte]) for byte in part(wire)), 0.25)
             self.assertEqual(hear(wire.plain), b"")
 
     def wait(self, server: Server, said: bytes, drops: bytes, statuses: list[int], whole: bool = False) -> None:
-        """Say something, then go on byte by byte (of one whole TLS record, or each in its own); hear all to the end."""
+        """Send ``said``, then go on byte by byte (of one TLS record, or each in its own); read all to the end."""
         with Wire(server) as wire:
             wire.shake_hands()
             if said:
@@ -273,7 +273,7 @@ class TestRequests(ServerCase):
     seconds = 12
 
     def test_a_body_that_is_too_slow(self) -> None:
-        """A client that still sends its body piece by piece when it is refused hears the 408."""
+        """A client that still sends its body piece by piece when it is refused gets the 408."""
         with self.serving(constants={REQUEST: 1.0, LINGERING: 20.0}) as server, Talk(server.connect()) as talk:
             talk.send(HALF_BODY)
             for _ in range(20):
@@ -282,7 +282,7 @@ class TestRequests(ServerCase):
             self.assertEqual(talk.answer().status, 408)
 
     def test_requests_at_the_idle_deadline(self) -> None:
-        """A request that was sent before the server ended the connection is answered, also if it is seen too late."""
+        """A request that was sent before the server ended the connection is answered, even if it is seen too late."""
         with contextlib.ExitStack() as held:
             servers = [held.enter_context(self.serving(constants={IDLE: 4.0})) for _ in range(3)]
             talks = [talk for server in servers for talk in kept_alive(server, held, 10)]
@@ -298,18 +298,18 @@ class TestRequests(ServerCase):
                 self.assertEqual(talk.answer().status, 200)
 
     def test_who_pipelines_takes_turns(self) -> None:
-        """Thousands of requests that are there at once, from clients that may not use the server, delay nobody."""
+        """Thousands of requests that arrive at once, from clients that may not use the server, delay nobody."""
         long = GET[:-2] + b"".join(b"X-%d: y\r\n" % number for number in range(96)) + b"\r\n"
         with (Server(lab(), constants={"event_loop.STOP_SECONDS": 2 * PATIENCE}) as server,
               contextlib.ExitStack() as held):
             first, hostile = (kept_alive(server, held, number, "mallory") for number in (3, MAX_UNAUTHORIZED))
             for talk in first:
-                self.assertFalse(is_silent(talk.connection, 8.0), "they have so many places, and no more")
+                self.assertFalse(is_silent(talk.connection, 8.0), "they have this many places, and no more")
             listed, = kept_alive(server, held, 1)
             begin = len(server.stderr.wait_for("mtls-client"))
             with paused(server):
                 for talk, data in zip(hostile, itertools.cycle((GET * 30, long, b"\r\n" * 600))):
-                    for _ in range(45):   # so many TLS records
+                    for _ in range(45):   # as many TLS records
                         talk.send(data)
                 listed.send(GET)
             self.assertEqual(listed.answer().status, 200)
@@ -322,7 +322,7 @@ class TestRequests(ServerCase):
             self.assertEqual(server.stop(), 0, "it does not wait for all that they have sent")
 
     def test_who_takes_nothing(self) -> None:
-        """No request stays for ever, also where the client has not even taken `100 Continue`."""
+        """No request stays forever, not even if the client has not taken `100 Continue`."""
         post = request("POST", "/todo", b"{}", Expect="100-continue")[:-2]
 
         def ask(talk: Talk) -> None:   # until the server can send no more: some get stuck there, others in an answer
@@ -339,7 +339,7 @@ class TestRequests(ServerCase):
 
     @unittest.skipUnless(hasattr(socket, "TCP_QUICKACK"), "needs Linux")
     def test_nagles_algorithm(self) -> None:
-        """Though clients have it, it costs 40 ms neither for a first request nor for the second of two answers."""
+        """Clients use it, but it delays neither a first request nor the second of two answers by 40 ms."""
         def seconds(talk: Talk) -> float:
             began = time.monotonic()
             talk.send(GET * 2)
@@ -375,7 +375,7 @@ class TestRefusals(ServerCase):
 
         with self.serving() as server, ThreadPoolExecutor(8) as pool:
             for version, alert in zip(TLS_VERSIONS, ("HANDSHAKE_FAILURE", "CERTIFICATE_REQUIRED"), strict=True):
-                with self.subTest(f"each of 300 clients on {version.name} hears {alert}"):
+                with self.subTest(f"each of 300 clients on {version.name} reads {alert}"):
                     context = lab().context(None, maximum_version=version)
                     heard = collections.Counter(pool.map(functools.partial(knock, server, context), range(300)))
                     self.assertEqual(heard, {alert: 300})
@@ -486,7 +486,7 @@ class TestRefusals(ServerCase):
         """Draining what a refused peer still sends is bounded, in bytes as well as in time."""
         with self.serving() as server:
             for what, certificate in (("without a certificate", None), ("with an endless body", "client")):
-                with self.subTest(f"a peer {what} cannot send for ever"), Wire(server, certificate) as wire:
+                with self.subTest(f"a peer {what} cannot send forever"), Wire(server, certificate) as wire:
                     wire.shake_hands()
                     wire.send(request("POST", "/todo", Content_Length="999999999999"))
                     started, sent = time.monotonic(), 0
@@ -497,7 +497,7 @@ class TestRefusals(ServerCase):
 
     def test_rude_ends(self) -> None:
         """A peer that vanishes or sends nonsense after the handshake does no harm."""
-        # Closed, reset, what is no TLS, a broken TLS record, an alert that is none.
+        # Closed, reset, no TLS, a broken TLS record, an invalid alert.
         ends = (b"", None, GET * 10, b"\x17\x03\x03\x00\x20" + b"x" * 32, b"\x15\x03\x03\x00\x02\x02\x28")
         beginnings = (b"", b"GET /to", HALF, HALF_BODY, GET, GET * 100, request("POST", "/todo", b"x" * 70_000))
         with self.serving() as server:
@@ -544,7 +544,7 @@ class TestCapacity(ServerCase):
             self.assertEqual((answer.status, answer.headers["Connection"]), (200, "close"), "its last request")
             self.assert_ends_well(idle[2])
             begun.plain.sendall(both[-20:])
-            self.assertRegex(begun.hear(), b"^HTTP/1.1 200 (?s:.*)HTTP/1.1 200 ", "half a record is no idle connection")
+            self.assertRegex(begun.hear(), b"^HTTP/1.1 200 (?s:.*)HTTP/1.1 200 ", "half a record is not idle")
             early.plain.sendall(first[-20:])
             newest.send(ENDING_GET)
             for wire in (early, newest):

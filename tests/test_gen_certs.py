@@ -289,8 +289,8 @@ class WhatItMakes(GenCertsCase):
 
     def test_second_run_replaces_the_set(self) -> None:
         """It says that the CA is new, names the clients that are not from it, and how to renew them."""
-        ready = with_set("openssl req -x509 -new -key mallory.key -subj /CN=stranger -config client.cnf "
-                         "-out stranger.crt")   # it is not of this lab
+        ready = with_set("openssl req -x509 -new -key mallory.key -subj /CN=foreign -config client.cnf "
+                         "-out foreign.crt")   # not from this lab
         run = self.works(ready)
         self.assert_replaced(run)
         self.assertFalse(verifies(ready, "mallory"))
@@ -337,7 +337,7 @@ class Renewal(GenCertsCase):
                 self.assertTrue(all(opens(ready.certs / name, f"new {arguments}") for name in rows if "pfx" in name))
 
     def test_repairs(self) -> None:
-        """Whatever is lost or damaged, the CA's pair aside: it is made anew, and the keys that are there stay."""
+        """Whatever is missing or damaged is made again, except the CA's pair; existing keys stay."""
         leaves = " ".join(name for name in MADE if not name.startswith("ca."))
         for change, keys in (("rm server.key client.crt; echo junk >client.pfx; : >ca.srl", ["server"]),
                              (f"rm {leaves}", ["server", "client"])):
@@ -405,7 +405,7 @@ class Refusals(GenCertsCase):
             (("client", "zoe"), "sed 's/CN =/commonName =/' client.cnf >x; mv x client.cnf",
              r"certs/client\.cnf has no line 'CN = .*"),
             (("renew",), f"cat '{ready_set()}/ca.crt' ca.crt >x; mv x ca.crt",
-             "the first certificate in certs/ca.crt is not that of certs/ca.key; move that one to the top"),
+             "the first certificate in certs/ca.crt does not match certs/ca.key; move the one that does to the top"),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}, after: {change}"):
                 self.assert_refused(f"gen_certs.sh: {says}", with_set(change), *arguments)
@@ -516,7 +516,7 @@ class Surroundings(GenCertsCase):
     """Where it is run from, by which shell, and what that shell has inherited."""
 
     def test_any_folder(self) -> None:
-        """All files land beside the script, wherever it is called from; NAME may have up to 64 letters and so on."""
+        """All files are put beside the script, wherever it is run from; NAME may have up to 64 letters and so on."""
         odd = with_set()
         link = new_folder("links") / "link to the lab"
         link.symlink_to(odd.root)
@@ -553,7 +553,7 @@ class Surroundings(GenCertsCase):
                 self.assertEqual(list((decoy / "certs").iterdir()), [])
 
     def test_other_shells(self) -> None:
-        """Where sh is a bash it works; any other shell is told what is needed."""
+        """Where sh is a bash it works; in any other shell, it says what is needed."""
         ready = with_set()
         sh = new_folder("sh") / "sh"
         sh.symlink_to(shutil.which("bash") or "")
@@ -605,7 +605,7 @@ class Password(GenCertsCase):
     def test_asked_for_on_a_terminal(self) -> None:
         """openssl asks for it, twice, and again after a slip; MTLS_PFX_PASSWORD being empty is as if it were unset."""
         prompts = ("Enter Export Password:", "Verifying - Enter Export Password:")
-        differ = ["gen_certs.sh: no password, or not the same one twice"]
+        differ = ["gen_certs.sh: no password, or the two differ"]
         empty = ["gen_certs.sh: the password must not be empty"]
         end = ["gen_certs.sh: no password after 3 attempts; certs/ is unchanged"]
         ready = with_set()
@@ -751,7 +751,7 @@ class NothingLost(GenCertsCase):
         half = f'[ $# -le 3 ] || {{ for to; do :; done; {shutil.which("mv")} "$2" "$3" "$4" "$to"; {refuse}; }}'
         for arguments, gone, meddle, what in (
             ((), "", f'case "$*" in *client.pfx*) {refuse} ;; esac', "replace certs/client.pfx"),
-            ((), "ca.crt ca.srl client.pfx", half, "write in certs/"), (("client", "zoe"), "", half, "write in certs/"),
+            ((), "ca.crt ca.srl client.pfx", half, "write to certs/"), (("client", "zoe"), "", half, "write to certs/"),
         ):
             with self.subTest(f"gen_certs.sh {' '.join(arguments)}: it cannot {what}, without {gone or 'nothing'}"):
                 ready = with_set(f"rm -f {gone}")
@@ -760,7 +760,7 @@ class NothingLost(GenCertsCase):
                                              "unchanged\n")
 
     def test_nowhere_to_write(self) -> None:
-        """It ends when files cannot grow, be it the first or the last, and if pkcs12 says nothing of half a PFX."""
+        """It ends when a file cannot grow, first or last, or if pkcs12 does not report that it wrote half a PFX."""
         ready = with_set("for name in *.cnf; do : >$name; done")   # which nobody reads in a fast run
         pfx = ready_set() / "client.pfx"
         size = pfx.stat().st_size
@@ -775,7 +775,7 @@ class NothingLost(GenCertsCase):
             ("write certs/: Read-only file system", {"env": meddling("mktemp", "echo Read-only file system; exit 1")}),
         ):
             with self.subTest(says):
-                self.assert_refused(f"gen_certs.sh: cannot {says}; certs/ is as it was", with_set(), **options)
+                self.assert_refused(f"gen_certs.sh: cannot {says}; certs/ is unchanged", with_set(), **options)
         for limit in (0, size - 1):
             with self.subTest(f"a PFX's first {limit} bytes"):
                 cut = f'case $1 in pkcs12) head -c {limit} {shlex.quote(str(pfx))} >certs/client.pfx; exit ;; esac'

@@ -106,7 +106,7 @@ class CommandTest(unittest.TestCase):
                 self.assertIn(entry, expected(title, its_row))
 
     def test_words_and_errors(self) -> None:
-        """Words choose the experiments that have all of them; if that is none, one line says so.
+        """Words select the experiments that have all of them; if there are none, one line says so.
 
         Output whose reader has left is not an error.
         """

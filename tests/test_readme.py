@@ -149,7 +149,7 @@ class Scene:
         self.ports = {"8443": free_port(), "8444": free_port()}
         python = new_folder("python")   # python3 is the Python that runs the tests
         (python / "python3").symlink_to(sys.executable)
-        # The second set of prepared keys: a CA made anew in a section has a new key, as in life.
+        # The second set of prepared keys: a new CA in a section has a new key, as in life.
         self.env = {"PATH": f"{python}{os.pathsep}{support.prepared_path()}", "PREPARED_SET": "second",
                     "MTLS_SERVER_PORT": self.ports["8443"], "TMPDIR": str(new_folder("tmp"))}
         self.terminals: list[Terminal] = []

@@ -105,11 +105,11 @@ class TestTLS(OneServerCase):
         """All others are refused in the handshake and learn why, including those from a CA the system trusts."""
         none = "peer did not return a certificate"
         unknown = r"client certificate refused: [a-z ]+; no CA in ca.crt has signed it"
-        stranger = lab().context(None)
-        stranger.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
+        foreign = lab().context(None)
+        foreign.load_cert_chain(other_lab().certs / "client.crt", other_lab().certs / "client.key")
         cases = ((lab().context(None), "CERTIFICATE_REQUIRED", none),
                  (lab().context(None, maximum_version=TLS_VERSIONS[0]), "HANDSHAKE_FAILURE", none),
-                 (stranger, "(?i)UNKNOWN.CA", unknown))
+                 (foreign, "(?i)UNKNOWN.CA", unknown))
         with self.serving(env={"SSL_CERT_FILE": str(other_lab().certs / "ca.crt")}) as server:
             for number, (context, alert, reason) in enumerate(cases, 1):
                 with (self.subTest(alert), self.assertRaisesRegex(ssl.SSLError, alert),
@@ -125,7 +125,7 @@ class TestWhoMayComeIn(HttpCase):
     seconds = 9
 
     def test_allowed_names(self) -> None:
-        """--allow-cn replaces the list, and wins over MTLS_ALLOWED_CNS; both take several names."""
+        """--allow-cn replaces the list, and overrides MTLS_ALLOWED_CNS; both take several names."""
         two = "client mallory"
         cases: list[tuple[list[str], dict[str, str | None], str]] = [
             (["--allow-cn", "mtls-client", "mallory"], {}, two),
@@ -202,7 +202,7 @@ class TestWhoMayComeIn(HttpCase):
 
 
 def has_lines(number: int) -> Callable[[list[str]], bool]:
-    """Whether there are so many."""
+    """Whether there are this many."""
     return lambda lines: len(lines) >= number
 
 
@@ -264,7 +264,7 @@ class TestEndpoints(HttpCase):
         self.assert_cases((*refusal_cases(), *validation_cases()))
 
     def test_who_is_not_on_the_list(self) -> None:
-        """Hears 403 whatever the request is, if it can be read."""
+        """It gets 403 whatever the request is, if it can be read."""
         cases = (get(), request("POST", "/todo", todo(task="x")), *(case.data for case in refusal_cases()))
         self.assert_cases((Case(data, 403, says="CN .mallory. is not in the") for data in cases), "mallory")
         self.assert_cases([Case(get("x"), 400, True), Case(b"hello\r\n\r\n", 400, True)], "mallory")
@@ -294,7 +294,7 @@ class TestEndpoints(HttpCase):
                 self.assertEqual(after.json["todos"], [*known, stored])
 
     def test_a_full_list(self) -> None:
-        """The 1,001st item is refused with 507 that says so, after everything else was judged; the list serves on."""
+        """The 1,001st item is refused with 507 that says so, after all other checks; the list is still served."""
         post = request("POST", "/todo", todo(task="one of many"))
         *created, full, empty, listing = CalledServer().answers(
             *[post] * 996, request("POST", "/todo", todo(task="")), get())
@@ -472,7 +472,7 @@ class TestStart(HttpCase):
     """What it says when it starts, and a server that cannot start says in one line what to do."""
 
     def test_greeting_and_end(self) -> None:
-        """As the description shows them. What it says of an address can be reached and verified; IPv6 has brackets."""
+        """As the description shows them. The address that it prints can be reached and verified; IPv6 has brackets."""
         for host, connect_to, number in (
                 ("127.0.0.1", "127.0.0.1", signal.SIGTERM), ("::1", "::1", signal.SIGINT),
                 ("0.0.0.0", "127.0.0.1", signal.SIGINT), ("::", "::1", signal.SIGTERM)):
@@ -499,7 +499,7 @@ class TestStart(HttpCase):
                     self.assertEqual(server.stdout.all(), [*lines, "[SERVER] Stopped."])
 
     def test_settings(self) -> None:
-        """What makes no sense is refused with exit code 2; a busy port, and a host that is none or not ours, with 1."""
+        """Invalid settings exit with 2; a busy port, and a host that is invalid or not ours, with 1."""
         unused: dict[str, str | None] = {"MTLS_SERVER_PORT": "banana", "MTLS_SERVER_HOST": "192.0.2.1"}   # flags win
         with Server(lab(), "--host", "127.0.0.1", "--port", "0", env=unused) as server:
             busy = ("(address already in use); stop the program that uses this port, or use another one, in both "
@@ -539,7 +539,7 @@ class TestStart(HttpCase):
 
     @unittest.skipUnless(sys.platform == "linux", "needs /proc")
     def test_threads(self) -> None:
-        """It needs two, and none more to stop: a system that gives no more of them cannot harm it."""
+        """It needs two, and no more to stop: a system that gives no more of them cannot harm it."""
         with Server(lab()) as server, contextlib.ExitStack() as held:
             self.assertEqual(server.has("task"), 2)
             if os.getuid():   # root has no such limit

@@ -35,8 +35,8 @@ TLS_VERSIONS = (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3)
 FORGED = "[SERVER] FORGED | all is well"
 NASTY = ("\r", "\x1b[2J\x1b]0;x\x07", "\x00", "\x08\x08", "\x7f", "\x85", "\x9b2J", "\t", "\x0b", "\xa0", "\xad")
 """What must not get into the log unescaped."""
-STEERING = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
-"""What JSON answers escape, because it could steer the terminal of whoever reads it."""
+CONTROLS = re.compile("[\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+"""What JSON answers escape, because it could control the terminal of whoever reads it."""
 
 
 class Case(NamedTuple):
@@ -172,7 +172,7 @@ class HttpCase(ServerCase):
             self.assertEqual(answer.body, b"")
             return
         plain = json.dumps(answer.json, indent=2, ensure_ascii=False)
-        form = STEERING.sub(lambda found: f"\\u{ord(found[0]):04x}", plain)
+        form = CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", plain)
         self.assertEqual(answer.body.decode(), form + "\n", "a body is indented JSON in UTF-8 with a line end")
         if status >= 400:
             self.assertEqual(list(answer.json), ["error"])
@@ -375,7 +375,7 @@ def grown(dice: random.Random) -> bytes:
 
 
 class TestReference(HttpCase):
-    """Thousands of requests, most of them sound."""
+    """Thousands of requests, most of them valid."""
 
     def test_same_verdicts(self) -> None:
         """Each is understood as by the reference, whether it comes whole, in pieces, or byte by byte."""
@@ -401,7 +401,7 @@ class TestReference(HttpCase):
 # --- Over connections ----------------------------------------------------------------------------
 
 class TestConnections(OneServerCase):
-    """What is about TLS and waiting."""
+    """Behaviour that involves TLS and waiting."""
 
     def test_requests_that_come_together(self) -> None:
         """Requests on one connection are answered in order."""

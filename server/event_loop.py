@@ -143,6 +143,7 @@ class EventLoopServer(http.server.HTTPServer):
             evicted = next(iter(self.unauthorized), None) or min(idle, key=lambda one: one.deadline, default=None)
             if evicted is None:
                 return False
+            self.forget(connection)   # first, because its place is the one that the evicted one lingers in
             self.make_pending(evicted)
             if evicted.is_idle:
                 evicted.end()

@@ -110,24 +110,29 @@ class EventLoopServer(http.server.HTTPServer):
             places.pop(connection, None)
 
     def add(self, connection: Connection) -> None:
-        """Let a new connection in; if there are too many, the oldest is dropped.
-
-        There are two groups, so that peers that only connect cannot push out one that is merely far away.
-        """
+        """Let a new connection in."""
         self.opening[connection] = None
-        reason = ConnectionError("no complete handshake before it was dropped for newer connections")
         if self.stopping:
             connection.drop(ConnectionError("the server is stopping"))
-        elif len(self.opening) > (self.max_pending + 1) // 2:
-            next(iter(self.opening)).drop(reason)
-        elif len(self.opening) + len(self.pending) > self.max_pending:
-            next(iter(self.pending)).drop(reason)
+        self.limit_pending()
 
     def make_pending(self, connection: Connection) -> None:
         """It has sent a complete ClientHello, or begins its lingering close."""
         if connection not in self.pending:
             self.forget(connection)
             self.pending[connection] = None
+            self.limit_pending()
+
+    def limit_pending(self) -> None:
+        """If there are too many connections in the first two groups, drop the oldest.
+
+        There are two, so that peers that only connect cannot push out one that is merely far away.
+        """
+        reason = ConnectionError("no complete handshake before it was dropped for newer connections")
+        if len(self.opening) > (self.max_pending + 1) // 2:
+            next(iter(self.opening)).drop(reason)
+        elif len(self.opening) + len(self.pending) > self.max_pending:
+            next(iter(self.pending)).drop(reason)
 
     def admit(self, connection: Connection) -> bool:
         """Let an authenticated connection be served. False if there is no room."""
@@ -138,6 +143,7 @@ class EventLoopServer(http.server.HTTPServer):
             evicted = next(iter(self.unauthorized), None) or min(idle, key=lambda one: one.deadline, default=None)
             if evicted is None:
                 return False
+            self.forget(connection)   # first, because its place is the one that the evicted one lingers in
             self.make_pending(evicted)
             if evicted.is_idle:
                 evicted.end()

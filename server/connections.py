@@ -140,7 +140,7 @@ class Connection(asyncio.BufferedProtocol):
             next(self.life, None)
 
     def wait(self) -> Generator[None, None, None]:
-        """Wait for something to happen: bytes, an end, room to write, a deadline. Raises the error that ends it."""
+        """Wait for something to happen: bytes, an end, space to write, a deadline. Raises the error that ends it."""
         if not self.error:
             if self.incoming.pending < CHUNK:
                 self.transport.resume_reading()

@@ -110,7 +110,7 @@ class EventLoopServer(http.server.HTTPServer):
             places.pop(connection, None)
 
     def add(self, connection: Connection) -> None:
-        """Let a new connection in."""
+        """Add a new connection to its group."""
         self.opening[connection] = None
         if self.stopping:
             connection.drop(ConnectionError("the server is stopping"))
@@ -126,7 +126,7 @@ class EventLoopServer(http.server.HTTPServer):
     def limit_pending(self) -> None:
         """If there are too many connections in the first two groups, drop the oldest.
 
-        There are two, so that peers that only connect cannot push out one that is merely far away.
+        There are two, so that peers that only connect cannot crowd out one that is merely far away.
         """
         reason = ConnectionError("no complete handshake before it was dropped for newer connections")
         if len(self.opening) > (self.max_pending + 1) // 2:
@@ -135,7 +135,7 @@ class EventLoopServer(http.server.HTTPServer):
             next(iter(self.pending)).drop(reason)
 
     def admit(self, connection: Connection) -> bool:
-        """Let an authenticated connection be served. False if there is no room."""
+        """Let an authenticated connection be served. False if it has to wait for a place."""
         authorized = self.is_authorized(connection)
         at_capacity = len(self.clients) + len(self.unauthorized) >= self.max_clients
         if at_capacity or (not authorized and len(self.unauthorized) >= self.max_unauthorized):
@@ -229,7 +229,7 @@ class EventLoopServer(http.server.HTTPServer):
             self.handle_error(None, ("asyncio", 0))   # type: ignore[arg-type]
 
     async def watch(self) -> None:
-        """After a while, check all deadlines, and whether there is room for those that wait."""
+        """After a while, check all deadlines, and whether waiting connections can be served."""
         await asyncio.sleep(TICK)
         now = time.monotonic()
         for connection in self.connections():

@@ -563,6 +563,7 @@ class TestCapacity(ServerCase):
             for peer in peers[:-4]:
                 self.assertEqual(hear(peer), b"")
             self.assertTrue(all(is_silent(peer, 0.1) for peer in peers[-4:]))
+            pending(server, held, 20, b"rubbish\r\n")   # refused, these linger: they replace each other
             for wire, flight in zip(far, flights, strict=True):
                 wire.plain.sendall(flight)
                 wire.send(ENDING_GET)

@@ -77,7 +77,9 @@ class Connection(asyncio.BufferedProtocol):
         """The TCP connection is established."""
         self.transport = transport   # type: ignore[assignment]   # asyncio's own hint is too wide
         self.transport.set_write_buffer_limits(0)   # report every byte that the peer does not take
-        self.server.add(self)
+        self.server.move(self, self.server.opening)
+        if self.server.stopping:
+            self.drop(ConnectionError("the server is stopping"))
 
     def get_buffer(self, sizehint: int) -> bytearray:
         """Where the next bytes go."""
@@ -177,7 +179,7 @@ class Connection(asyncio.BufferedProtocol):
                 break
             except ssl.SSLWantReadError:
                 if self.outgoing.pending:   # we answer, so the ClientHello was complete
-                    self.server.make_pending(self)
+                    self.server.move(self, self.server.pending)
                 self.flush()
             limit = MAX_HELLO if self in self.server.opening else MAX_HANDSHAKE
             if self.received > limit:
@@ -299,7 +301,7 @@ class Connection(asyncio.BufferedProtocol):
         self.enter(Phase.REFUSED if refused else Phase.LINGERING)
         if self.transport.is_closing():
             return
-        self.server.make_pending(self)
+        self.server.move(self, self.server.lingering)
         if self.half_closed:
             self.transport.close()
             return

@@ -4,10 +4,11 @@
 keeps their number within limits, checks all deadlines four times a second, and stops without cutting off
 a request. What happens within a connection is in connections.py.
 
-Every connection is in one of four groups. Each group is limited, and when it is full, one is dropped:
+Every connection is in one of five groups. They are limited, and when there are too many, one is dropped:
 
     opening         no complete ClientHello yet: the oldest
-    pending         in the handshake, or lingering: the oldest
+    lingering       waits for the peer to close: the oldest
+    pending         in the handshake: the oldest, if no other group is too large
     clients         served: the one that has been idle longest, never one that has begun a request
     unauthorized    served, but only with refusals: the oldest, whatever it is doing
 """
@@ -29,7 +30,7 @@ from typing import Any
 
 from connections import Connection, Phase
 
-MAX_PENDING = 512        # opening and pending; opening may take only half of these: anyone can open many
+MAX_PENDING = 512        # opening, lingering and pending; opening may take only half: anyone can open many
 MAX_CLIENTS = 1024       # clients and unauthorized
 MAX_UNAUTHORIZED = 32    # so few that they can never fill the server
 SPARE_DESCRIPTORS = 14   # for the server itself: streams, listener, event loop, certificate files
@@ -57,10 +58,12 @@ class EventLoopServer(http.server.HTTPServer):
         self.max_clients = min(MAX_CLIENTS, places // 2)
         self.max_pending = min(MAX_PENDING, places - self.max_clients)
         self.max_unauthorized = min(MAX_UNAUTHORIZED, self.max_clients // 2)
-        self.opening: dict[Connection, None] = {}   # in each of the four, the oldest comes first
+        self.opening: dict[Connection, None] = {}   # in each of the five, the oldest comes first
+        self.lingering: dict[Connection, None] = {}
         self.pending: dict[Connection, None] = {}
         self.clients: dict[Connection, None] = {}
         self.unauthorized: dict[Connection, None] = {}
+        self.groups = (self.opening, self.lingering, self.pending, self.clients, self.unauthorized)
         self.stopping = False
         # Prefer IPv4, because "localhost" may mean both: AF_INET is the smaller number everywhere.
         self.address_family, *_, sockaddr = min(socket.getaddrinfo(*address, type=socket.SOCK_STREAM))
@@ -102,55 +105,46 @@ class EventLoopServer(http.server.HTTPServer):
 
     def connections(self) -> list[Connection]:
         """All of them."""
-        return [*self.opening, *self.pending, *self.clients, *self.unauthorized]
+        return [one for group in self.groups for one in group]
 
     def forget(self, connection: Connection) -> None:
         """Take it out of its group."""
-        for places in (self.opening, self.pending, self.clients, self.unauthorized):
-            places.pop(connection, None)
+        for group in self.groups:
+            group.pop(connection, None)
 
-    def add(self, connection: Connection) -> None:
-        """Add a new connection to its group."""
-        self.opening[connection] = None
-        if self.stopping:
-            connection.drop(ConnectionError("the server is stopping"))
-        self.limit_pending()
+    def move(self, connection: Connection, group: dict[Connection, None]) -> None:
+        """Put it into a group. If the first three are too large now, one is dropped.
 
-    def make_pending(self, connection: Connection) -> None:
-        """It has sent a complete ClientHello, or begins its lingering close."""
-        if connection not in self.pending:
-            self.forget(connection)
-            self.pending[connection] = None
-            self.limit_pending()
-
-    def limit_pending(self) -> None:
-        """If there are too many connections in the first two groups, drop the oldest.
-
-        There are two, so that peers that only connect cannot crowd out one that is merely far away.
+        Neither peers that only connect, nor refused ones, can crowd out a peer that is merely far away.
         """
-        reason = ConnectionError("no complete handshake before it was dropped for newer connections")
-        if len(self.opening) > (self.max_pending + 1) // 2:
-            next(iter(self.opening)).drop(reason)
-        elif len(self.opening) + len(self.pending) > self.max_pending:
-            next(iter(self.pending)).drop(reason)
+        if connection in group:
+            return
+        self.forget(connection)
+        group[connection] = None
+        many_opening = len(self.opening) > (self.max_pending + 1) // 2
+        if many_opening or len(self.opening) + len(self.lingering) + len(self.pending) > self.max_pending:
+            crowd = self.opening if many_opening else self.lingering or self.pending
+            reason = ConnectionError("no complete handshake before it was dropped for newer connections")
+            next(iter(crowd)).drop(reason)
 
     def admit(self, connection: Connection) -> bool:
         """Let an authenticated connection be served. False if it has to wait for a place."""
         authorized = self.is_authorized(connection)
+        group = self.clients if authorized else self.unauthorized
         at_capacity = len(self.clients) + len(self.unauthorized) >= self.max_clients
+        evicted = None
         if at_capacity or (not authorized and len(self.unauthorized) >= self.max_unauthorized):
             idle = [one for one in self.clients if one.is_idle] if authorized and not self.unauthorized else []
             evicted = next(iter(self.unauthorized), None) or min(idle, key=lambda one: one.deadline, default=None)
             if evicted is None:
                 return False
-            self.forget(connection)   # first, because its place is the one that the evicted one lingers in
-            self.make_pending(evicted)
+        self.move(connection, group)
+        if evicted:
+            self.move(evicted, self.lingering)
             if evicted.is_idle:
                 evicted.end()
             else:
                 evicted.drop(ConnectionError("its place is needed"))
-        self.forget(connection)
-        (self.clients if authorized else self.unauthorized)[connection] = None
         return True
 
     # --- The loop ------------------------------------------------------------------------------
@@ -209,7 +203,7 @@ class EventLoopServer(http.server.HTTPServer):
         except OSError as error:
             no_resources = error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
             if no_resources:
-                for oldest in [*self.opening, *self.pending][:1]:
+                for oldest in [*self.opening, *self.lingering, *self.pending][:1]:
                     oldest.drop(ConnectionError("no file descriptor was left for others"))
             await asyncio.sleep(TICK if no_resources else 0)   # else a busy loop
             return

@@ -104,7 +104,12 @@ def ask(context: ssl.SSLContext, arguments: argparse.Namespace, item: dict[str, 
 
 
 def listing(reply: dict[str, Any]) -> str:
-    """The reply to GET as JSON with one item per line, which reads better than one field per line."""
+    """The reply to GET as JSON with one item per line, which reads better than one field per line.
+
+    Raises TypeError if it is not what our server sends.
+    """
+    if not isinstance(reply["client"], str) or not isinstance(reply["todos"], list):
+        raise TypeError("client must be a string, todos a list")
     items = ",\n".join("    " + json.dumps(item, ensure_ascii=False) for item in reply["todos"])
     client = json.dumps(reply["client"], ensure_ascii=False)
     return f'{{\n  "client": {client},\n  "todos": [\n{items}\n  ]\n}}'

@@ -37,9 +37,8 @@ class Certificates:
     """The context for new connections, replaced when ca.crt, server.crt or server.key changes.
 
     ``make_context`` takes the folder and returns a server's context with its files loaded. Raises
-    Unusable if they cannot be used. ``generation`` grows with each change of ca.crt: a connection
-    of an earlier generation was authenticated by a CA that may no longer be trusted. ``warning``
-    says why clients will refuse server.crt; None if they will not.
+    Unusable if they cannot be used. ``warning`` says why clients will refuse server.crt; None if
+    they will not.
     """
 
     context: ssl.SSLContext
@@ -47,14 +46,13 @@ class Certificates:
 
     def __init__(self, folder: Path, make_context: Callable[[Path], ssl.SSLContext]) -> None:
         self.folder, self.make_context = folder, make_context
-        self.generation = 0
         self.stamps: list[tuple[int, ...] | None] = []   # of the files in use
         self.problem, self.since, self.reported = "", 0.0, ""   # why files are unusable, since when, what was logged
         self.take_up()
 
     def look(self) -> str | None:
         """Load the files if they have changed. Returns a line for the log, or None. Call it once a second."""
-        former, generation, reported = self.in_use, self.generation, self.reported
+        former, reported = self.in_use, self.reported
         try:
             if self.stamps != file_stamps(self.folder):
                 self.take_up()
@@ -67,7 +65,7 @@ class Certificates:
                 return None
             state = "the former ones are back"
         line = f"CERTIFICATES | {state} | server.crt valid until {self.in_use.valid_until}"
-        if self.generation != generation:
+        if former.ca != self.in_use.ca:
             line += " | ca.crt has changed" if former.cas & self.in_use.cas else " | the CA is new"
         return f"{line} | WARNING: {self.warning}" if self.warning else line
 
@@ -82,8 +80,6 @@ class Certificates:
             raise Unusable(f"{self.folder}: cannot load the certificates ({in_words(error)}); try again") from None
         if file_stamps(self.folder) != stamps:
             raise Unusable(f"{self.folder}: the certificates are being replaced; try again when that is done")
-        if self.stamps and self.in_use.ca != new.ca:
-            self.generation += 1
         self.stamps, self.in_use, self.context, self.warning = stamps, new, context, new.warning
 
     def complaint(self, problem: str) -> str | None:

@@ -56,6 +56,7 @@ class Connection(asyncio.BufferedProtocol):
     received = 0                     # bytes in this phase
     congested = False                # the peer has not taken all that we sent
     half_closed = False              # the peer has closed its sending direction
+    its_turn = False                 # it may have its next request answered
     told_to_end = False              # its deadline has passed, or its place is needed
 
     def __init__(self, server: EventLoopServer, address: Any) -> None:
@@ -141,6 +142,11 @@ class Connection(asyncio.BufferedProtocol):
         if self.life:
             next(self.life, None)
 
+    def next_turn(self) -> None:
+        """A new turn of the loop has begun."""
+        self.its_turn = True
+        self.wake()
+
     def wait(self) -> Generator[None, None, None]:
         """Wait for something to happen: bytes, an end, space to write, a deadline. Raises the error that ends it."""
         if not self.error:
@@ -160,8 +166,10 @@ class Connection(asyncio.BufferedProtocol):
             self.be_idle()
             while (yield from self.exchange()):
                 if not self.is_idle:   # it pipelines: one request per turn of the loop, so that it cannot hold it
-                    self.server.loop.call_soon(self.wake)
-                    yield from self.wait()
+                    self.its_turn = False
+                    self.server.loop.call_soon(self.next_turn)
+                    while not self.its_turn:   # bytes that arrive meanwhile wake it, too
+                        yield from self.wait()
         except OSError as error:   # ssl.SSLError is one
             if self.phase in (Phase.HANDSHAKE, Phase.WAITING):
                 self.server.refused(self.address, error)

@@ -187,7 +187,7 @@ class EventLoopServer(http.server.HTTPServer):
             try:
                 await step()
             except Exception:   # noqa: BLE001
-                self.handle_error(None, ("all", 0))   # type: ignore[arg-type]
+                self.handle_error(None, ("none", 0))   # type: ignore[arg-type]
                 await asyncio.sleep(TICK)   # the error may come back at once
 
     async def accept(self) -> None:
@@ -220,7 +220,7 @@ class EventLoopServer(http.server.HTTPServer):
         except OSError:
             pass
         except Exception:   # noqa: BLE001
-            self.handle_error(None, ("asyncio", 0))   # type: ignore[arg-type]
+            self.handle_error(None, ("none", 0))   # type: ignore[arg-type]
 
     async def watch(self) -> None:
         """After a while, check all deadlines, and whether waiting connections can be served."""

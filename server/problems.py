@@ -10,6 +10,8 @@ import ssl
 from collections.abc import Callable
 from pathlib import Path
 
+MAX_FILE = 1024 ** 2   # bytes; a hundred CAs have less
+
 
 class Unusable(Exception):
     """One line: which file is unusable, why, and what to do next."""
@@ -48,7 +50,12 @@ def read(file: Path) -> bytes:
         if file.is_dir():
             raise Unusable(f"{file} is a folder (Docker creates one if a file to mount is missing); "
                            f"remove it: rmdir certs/{file.name}")
-        content = file.read_bytes()
+        if file.exists() and not file.is_file():   # a FIFO would block the event loop
+            raise Unusable(f"{file} is not a regular file; {next_step(file)}")
+        with file.open("rb") as opened:
+            content = opened.read(MAX_FILE + 1)
+        if len(content) > MAX_FILE:
+            raise Unusable(f"{file} is too large for a certificate or a key; {next_step(file)}")
     except FileNotFoundError:
         raise Unusable(f"{file} is missing; {next_step(file)}") from None
     except PermissionError:

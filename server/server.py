@@ -23,6 +23,7 @@ import sys
 import textwrap
 import threading
 import time
+import traceback
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -94,7 +95,6 @@ class Client(NamedTuple):
 
     name: str | None   # its common name
     expires: float     # when its certificate expires, in seconds since 1970
-    generation: int    # of the ca.crt that it was verified with, see Certificates
 
 
 class TodoServer(EventLoopServer):
@@ -110,9 +110,7 @@ class TodoServer(EventLoopServer):
 
     def authenticated(self, connection: Connection) -> None:
         """The handshake is over: our CA has signed this client's certificate, and the client has the key."""
-        # It may have begun with certificates that have since been replaced.
-        current = connection.tls.context is self.context
-        connection.client = Client(*identity(connection), self.certificates.generation if current else -1)
+        connection.client = Client(*identity(connection))
 
     def is_authorized(self, connection: Connection) -> bool:
         """Authorization: the handshake proved who the client is, but not all clients of our CA may use this server."""
@@ -125,9 +123,9 @@ class TodoServer(EventLoopServer):
         return client.expires < time.time()
 
     def keeps_alive(self, connection: Connection) -> bool:
-        """A client must prove again who it is if its certificate has expired or the CA has changed."""
-        same_ca = connection.client.generation == self.certificates.generation
-        return same_ca and not self.has_expired(connection) and super().keeps_alive(connection)
+        """A client must prove again who it is if its certificate has expired, or if the CA may be a new one."""
+        current = connection.tls.context is self.context
+        return current and not self.has_expired(connection) and super().keeps_alive(connection)
 
     def service_actions(self) -> None:
         """Once a second, look for new certificates, and use them for new connections."""
@@ -148,12 +146,17 @@ class TodoServer(EventLoopServer):
         self.log.write(f"REJECTED | peer={client_address[0]} | {in_words(reason)}")
 
     def still_running(self) -> None:
-        """Say why the server does not stop at once."""
-        say(f"Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once.")
+        """Say why the server does not stop at once. Not on the event loop: a terminal may hold back its output."""
+        text = f"Waiting for running requests, {STOP_SECONDS:.0f} s at most; Ctrl+C again ends at once."
+        with contextlib.suppress(RuntimeError):   # no more threads may be started
+            threading.Thread(target=say, args=[text], daemon=True).start()
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """Log a bug of ours: nothing that a peer does should lead here."""
-        self.log.write(f"ERROR | {client_address!r} | {sys.exc_info()[1]!r}")
+        """Log a bug of ours, and where it is: nothing that a peer does should lead here."""
+        error = sys.exc_info()[1]
+        place = traceback.extract_tb(error.__traceback__)[-1] if error else None
+        where = f" at {Path(place.filename).name}:{place.lineno}" if place else ""
+        self.log.write(f"ERROR | peer={client_address[0]} | {error!r}{where}")
 
 
 seconds_since_1970 = functools.lru_cache(ssl.cert_time_to_seconds)   # slow, and the same few dates recur

@@ -335,7 +335,7 @@ class PageTest(unittest.TestCase):
             self.assertTrue(claim in ALL, f"not on the pages: {claim}")
         rows = table(section("Endpoints", "server/README.md").text)
         statuses = sorted(re.findall(r"\b[45]\d\d\b", " ".join(row[0] for row in rows)))
-        self.assertEqual(" ".join(statuses), "400 403 404 405 408 411 413 414 415 431 501 505 507")
+        self.assertEqual(" ".join(statuses), "400 403 404 405 408 411 413 414 415 431 500 501 505 507")
 
     def test_docker_commands(self) -> None:
         """The docker commands name the image, the user and the files that the Dockerfile has."""

@@ -116,17 +116,17 @@ def refused_cases() -> Iterator[Case]:
 class CalledServer(TodoServer):
     """The server without sockets: its handler is called. ``lines`` is its log."""
 
-    certificates: Any
     log: Any
 
     def __init__(self) -> None:
         self.allowed_cns, self.stopping, self.store = ["mtls-client"], False, TodoStore()
-        self.certificates, self.lines = SimpleNamespace(generation=0), list[str]()
+        self.context: Any = None
+        self.lines = list[str]()
         self.log = SimpleNamespace(write=lambda *lines: self.lines.extend(lines))
 
     def handler(self, name: str | None = "mtls-client") -> TodoHandler:
         """A handler of the requests of a client with this name."""
-        connection = SimpleNamespace(client=Client(name, math.inf, 0), told_to_end=False)
+        connection = SimpleNamespace(client=Client(name, math.inf), told_to_end=False, tls=self)
         return TodoHandler(connection, ("127.0.0.1", 50000), self)
 
     def answers(self, *pieces: bytes, name: str | None = "mtls-client") -> list[Answer]:

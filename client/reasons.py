@@ -123,7 +123,8 @@ def explain(error: Exception, url: str, cacert: Path, cert: Path | None = None) 
     said, parts = words(error), urllib.parse.urlsplit(url)
     port = parts.port or 443
     facts = {"url": url, "host": parts.hostname, "port": port, "words": said, "cacert": quoted(cacert),
-             "start": f"{PYTHON} server/server.py" + f" --port {port}" * (port != 8443)}
+             "start": f"{PYTHON} server/server.py" + f" --port {port}" * (port != 8443)
+                      + f" --host {parts.hostname}" * (parts.hostname not in ("127.0.0.1", "localhost"))}
     if cert:
         facts |= {"cert": quoted(cert), "make": make(cert), "of_its_ca": make(cert) if command(cert) else OF_ITS_CA}
     if isinstance(error, ssl.SSLCertVerificationError):

@@ -82,10 +82,10 @@ class Connection(asyncio.BufferedProtocol):
         if self.server.stopping:
             self.drop(ConnectionError("the server is stopping"))
 
-    def get_buffer(self, sizehint: int) -> bytearray:
-        """Where the next bytes go."""
+    def get_buffer(self, sizehint: int) -> memoryview:
+        """Where the next bytes go. Those that get refusals only have short requests, and may send less at a time."""
         self.buffer = self.buffer or bytearray(CHUNK)
-        return self.buffer
+        return memoryview(self.buffer)[:CHUNK // 8 if self in self.server.unauthorized else CHUNK]
 
     def buffer_updated(self, nbytes: int) -> None:
         """Bytes have arrived."""
@@ -95,7 +95,7 @@ class Connection(asyncio.BufferedProtocol):
                 self.transport.abort()
             return
         self.begin()
-        self.incoming.write(memoryview(self.get_buffer(0))[:nbytes])
+        self.incoming.write(self.get_buffer(0)[:nbytes])
         if self.incoming.pending >= CHUNK:
             self.transport.pause_reading()   # until `live` has taken them
         self.wake()

@@ -128,17 +128,15 @@ class EventLoopServer(http.server.HTTPServer):
             next(iter(crowd)).drop(reason)
 
     def admit(self, connection: Connection) -> bool:
-        """Let an authenticated connection be served. False if it has to wait for a place."""
+        """Let an authenticated connection be served, if need be in the place of another. False if there is no place."""
         authorized = self.is_authorized(connection)
-        group = self.clients if authorized else self.unauthorized
         at_capacity = len(self.clients) + len(self.unauthorized) >= self.max_clients
         evicted = None
         if at_capacity or (not authorized and len(self.unauthorized) >= self.max_unauthorized):
-            idle = [one for one in self.clients if one.is_idle] if authorized and not self.unauthorized else []
-            evicted = next(iter(self.unauthorized), None) or min(idle, key=lambda one: one.deadline, default=None)
+            evicted = self.whom_to_evict(authorized)
             if evicted is None:
                 return False
-        self.move(connection, group)
+        self.move(connection, self.clients if authorized else self.unauthorized)
         if evicted:
             self.move(evicted, self.lingering)
             if evicted.is_idle:
@@ -146,6 +144,13 @@ class EventLoopServer(http.server.HTTPServer):
             else:
                 evicted.drop(ConnectionError("its place is needed"))
         return True
+
+    def whom_to_evict(self, authorized: bool) -> Connection | None:
+        """The oldest unauthorized one; otherwise, for an authorized newcomer, the one that has been idle longest."""
+        if self.unauthorized:
+            return next(iter(self.unauthorized))
+        idle = [one for one in self.clients if one.is_idle]
+        return min(idle, key=lambda one: one.deadline, default=None) if authorized else None
 
     # --- The loop ------------------------------------------------------------------------------
 
@@ -168,15 +173,21 @@ class EventLoopServer(http.server.HTTPServer):
         await asyncio.wait([accepting], timeout=0.01)   # a connection that is being accepted must not get lost
         accepting.cancel()
         self.server_close()
+        await self.finish()
+        watching.cancel()
+
+    async def finish(self) -> None:
+        """Let running requests finish, and end all other connections."""
         if any(one.phase in (Phase.REQUEST, Phase.RESPONSE) for one in self.connections()):
             self.still_running()
         deadline = time.monotonic() + STOP_SECONDS
         while self.connections() and time.monotonic() < deadline:
             for connection in self.connections():
-                if connection.phase in (Phase.HANDSHAKE, Phase.WAITING, Phase.IDLE):
+                if connection.phase is Phase.HANDSHAKE:
+                    connection.drop(ConnectionError("the server is stopping"))
+                elif connection.phase in (Phase.WAITING, Phase.IDLE):
                     connection.end()
             await asyncio.sleep(0.01)
-        watching.cancel()
         for connection in self.connections():
             connection.transport.abort()
         await asyncio.sleep(0.01)   # transports close in the next turns

@@ -18,6 +18,7 @@ import errno
 import functools
 import os
 import re
+import shlex
 import ssl
 import sys
 import textwrap
@@ -34,7 +35,7 @@ if sys.version_info < (3, 10):   # noqa: UP036   # checked first: the imports be
 from certificates import Certificates
 from connections import Connection
 from event_loop import STOP_SECONDS, EventLoopServer
-from log import Log, quoted
+from log import MAX_QUOTED, Log, quoted
 from problems import Unusable, in_words
 from strict_http import Refusal, StrictHandler, encode
 
@@ -223,9 +224,10 @@ class TodoHandler(StrictHandler):
     def unauthorized(self) -> Refusal:
         """The 403 for a client that is not on the list. The log says how to add it."""
         name = self.connection.client.name
-        plain = re.compile(r"[\w.-]+")
-        others = " ".join(one if plain.fullmatch(one) else repr(one) for one in self.server.allowed_cns)
-        admit = "" if name is None else f"; to admit: --allow-cn {others} {quoted(name)}"
+        admit = ""
+        if name and len(name) <= MAX_QUOTED and name.isprintable() and "," not in name:   # it can be typed
+            # Quoted for a shell: whoever pastes this must not run what a client has put into its name.
+            admit = f"; to admit: --allow-cn {shlex.join([*self.server.allowed_cns, name])}"
         self.outcome = (f"FORBIDDEN | CN={quoted(name)} | not in the allowed list{admit}",)
         return Refusal(HTTPStatus.FORBIDDEN, f"client certificate: CN {quoted(name)} is not in the allowed list")
 
@@ -360,7 +362,8 @@ def start(host: str, port: int, allowed_cns: list[str]) -> TodoServer:
             advice = f"stop the program that uses this port, or use another one, in both terminals: {other}"
         elif code == errno.EMFILE:
             advice = "allow it more: ulimit -n 1024"
-        sys.exit(f"[SERVER] ERROR: cannot listen on {host}:{port} ({problem}); {advice}")
+        where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        sys.exit(f"[SERVER] ERROR: cannot listen on {where} ({problem}); {advice}")
 
 
 def main() -> None:
@@ -371,7 +374,7 @@ def main() -> None:
     signals: list[int] = []
 
     def stop(number: int, _: object) -> None:
-        if number == signal.SIGINT and number in signals:   # Ctrl+C again
+        if number == signal.SIGINT and signals:   # Ctrl+C again
             os._exit(1)
         if not signals:
             with contextlib.suppress(RuntimeError):   # the system gives no more threads

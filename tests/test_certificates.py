@@ -164,6 +164,12 @@ class TestLook(unittest.TestCase):
         stay = r"^CERTIFICATES \| the former ones stay in use \| .*/server.key "
         both = of("ca.crt", other_lab()) + of("ca.crt")
 
+        aside.with_name("large").write_bytes(b"x" * 2_000_000)
+
+        def become_fifo() -> None:
+            key.unlink()
+            os.mkfifo(key)
+
         def replace(by: Lab) -> None:
             shutil.copytree(by.certs, copy.certs, dirs_exist_ok=True)
 
@@ -174,6 +180,8 @@ class TestLook(unittest.TestCase):
             (lambda: key.rename(aside), stay + "is missing; .* renew"),
             (lambda: None, ""),
             (lambda: key.write_text("junk"), stay + "holds something unknown"),
+            (become_fifo, stay + "is not a regular file"),
+            (lambda: aside.with_name("large").replace(key), stay + "is too large"),
             (lambda: aside.replace(key), "the former ones are back"),
             (key.touch, ""),
             (lambda: (copy.certs / "ca.crt").write_bytes(both), in_use + r" \| ca.crt has changed$"),

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import resource
+import shlex
 import signal
 import socket
 import ssl
@@ -153,6 +154,7 @@ class TestWhoMayComeIn(HttpCase):
             "a common name in capitals": ("/CN=MTLS-CLIENT", "MTLS-CLIENT"),
             "a common name with a space behind it": ("/CN=mtls-client ", "mtls-client "),
             "a common name with a line end": ("/CN=x\n[SERVER] FORGED | y", "x\n[SERVER] FORGED | y"),
+            "a common name that a shell would run": ("/CN=a'$(id)b", "a'$(id)b"),
             "a common name that is a sequence": ("/CN=\x0c\x03abc", None),
             "a SAN that is not UTF-8": ("/CN=mtls-client", None),
         }
@@ -169,7 +171,8 @@ class TestWhoMayComeIn(HttpCase):
                     self.assertEqual(answer.json["error"],
                                      f"client certificate: CN {name!r} is not in the allowed list")
                     line = server.stderr.wait_for(has_lines(2 * number))[-2:]
-                    admit = f"; to admit: --allow-cn mtls-client {name!r}" if name else ""
+                    typed = name is not None and name.isprintable()   # what a shell takes as this name, and no more
+                    admit = f"; to admit: --allow-cn {shlex.join(['mtls-client', name])}" if name and typed else ""
                     self.assertEqual(line, [
                         f"[SERVER] REQUEST | peer=127.0.0.1 | cert-CN={name!r} | \"GET /todo HTTP/1.1\" 403 -",
                         f"[SERVER] FORBIDDEN | CN={name!r} | not in the allowed list{admit}"])

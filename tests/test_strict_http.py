@@ -250,6 +250,14 @@ class TestRequests(HttpCase):
                 elif not found.endswith("..."):   # then it says the whole
                     self.assertEqual(found.encode().decode("unicode_escape"), line)
 
+    def test_a_bug_of_the_server(self) -> None:
+        """A request that meets one is answered with 500, and the log says where the bug is; the connection ends."""
+        server = CalledServer()
+        server.store = None   # type: ignore[assignment]   # so do_GET raises an AttributeError
+        answer, = server.answers(get() + get())
+        self.assertEqual((answer.status, answer.headers["Connection"]), (500, "close"))
+        self.assertRegex(server.lines[0], r"^ERROR \| peer=127\.0\.0\.1 \| AttributeError\(.*\) at server\.py:\d+$")
+
     def test_a_line_costs_no_more_than_its_bytes(self) -> None:
         """Even if they arrive one by one: each byte is searched for a line end only once."""
         class Received(bytearray):

@@ -90,6 +90,7 @@ UNREADABLE = {   # A file that we may not read, or that is missing
     "key": "it belongs to {owner}, and a private key is for its owner only; "   # no chmod, which could expose it
            "ask for a certificate and key of your own",
     "certificate": "it belongs to {owner}; ask for a copy (a certificate is no secret)",
+    "closed": "you may not look into its folder; see whose it is: ls -ld {folder}",
     "meant": "did you mean {meant}?",
     "elsewhere": "is this the right path?",
 }
@@ -217,14 +218,16 @@ def unreadable(option: str, file: Path, problem: OSError, partner: Path | None) 
         try:
             owner = file.owner()
             kind = "ours" if file.stat().st_uid == os.geteuid() else kind
-        except (KeyError, OSError, NotImplementedError, AttributeError):   # unknown, hidden, Windows
+        except PermissionError:
+            kind = "closed"
+        except (KeyError, OSError, NotImplementedError, AttributeError):   # unknown, Windows
             pass
     elif isinstance(problem, FileNotFoundError):
         other = meant(option, file, partner)
         if not other and command(file):
             return make(file)
         kind = "meant" if other else kind
-    return UNREADABLE[kind].format(file=quoted(file), owner=owner, meant=other)
+    return UNREADABLE[kind].format(file=quoted(file), folder=quoted(file.parent), owner=owner, meant=other)
 
 
 def meant(option: str, file: Path, partner: Path | None) -> str | None:

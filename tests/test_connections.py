@@ -20,9 +20,16 @@ import unittest
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
+from unittest import mock
 
 from tests import side_by_side as load_tests  # noqa: F401
-from tests.support import DESCRIPTORS, PATIENCE, Server, ServerCase, Talk, Wire, comes_true, issue, lab, request
+from tests.support import DESCRIPTORS, PATIENCE, ROOT, Server, ServerCase, Talk, Wire, comes_true, issue, lab, request
+from tests.test_strict_http import CalledServer
+
+sys.path.insert(0, str(ROOT / "server"))
+from connections import Connection
+
+from server import TodoHandler, tls_context
 
 MAX_PENDING, MAX_UNAUTHORIZED = 512, 32   # as in server/event_loop.py
 SLACK = 8.0   # seconds by which a deadline may be late: the machine may be busy
@@ -269,6 +276,42 @@ class TestDeadlines(ServerCase):
             self.assertEqual(server.stop(), 0)
             self.assertEqual(server.stdout.all()[-1], "[SERVER] Stopped.")
         return began
+
+
+class TestTurns(unittest.TestCase):
+    """A connection without a socket or a loop: what it is told comes from here."""
+
+    def test_one_request_per_turn_of_the_loop(self) -> None:
+        """However much a pipelining peer sends meanwhile, and in however many pieces."""
+        server, next_turn = CalledServer(), list[Callable[[], None]]()
+        server.context, server.loop = tls_context(lab().certs), mock.Mock(call_soon=next_turn.append)
+        server.RequestHandlerClass, server.max_clients, server.max_pending = TodoHandler, 9, 9
+        server.opening, server.lingering, server.pending, server.clients, server.unauthorized = {}, {}, {}, {}, {}
+        server.groups = server.opening, server.lingering, server.pending, server.clients, server.unauthorized
+        connection, transport = Connection(server, ("127.0.0.1", 50000)), mock.Mock()
+        transport.is_closing.return_value = False
+        connection.connection_made(transport)
+        received, sent = ssl.MemoryBIO(), ssl.MemoryBIO()
+        client = lab().context().wrap_bio(received, sent, server_hostname="127.0.0.1")
+
+        def send() -> None:
+            while piece := sent.read(len(buffer := connection.get_buffer(-1))):
+                buffer[:len(piece)] = piece
+                connection.buffer_updated(len(piece))
+
+        transport.write.side_effect = received.write
+        for _ in range(3):   # the server asks for another group, so there are three flights
+            with contextlib.suppress(ssl.SSLWantReadError):
+                client.do_handshake()
+            send()
+        for turn in range(1, 30):
+            client.write(GET * 30)
+            send()
+            self.assertEqual(sum("REQUEST" in line for line in server.lines), turn)
+            calls, next_turn[:] = next_turn[:], []
+            for call in calls:
+                call()
+            self.assertEqual(sum("REQUEST" in line for line in server.lines), turn + 1)
 
 
 class TestRequests(ServerCase):

@@ -57,7 +57,7 @@ class Connection(asyncio.BufferedProtocol):
     congested = False                # the peer has not taken all that we sent
     half_closed = False              # the peer has closed its sending direction
     its_turn = False                 # it may have its next request answered
-    told_to_end = False              # its deadline has passed, or its place is needed
+    evicted = False                  # its place is needed, or the server stops
 
     def __init__(self, server: EventLoopServer, address: Any) -> None:
         self.server, self.address = server, address
@@ -204,7 +204,7 @@ class Connection(asyncio.BufferedProtocol):
         """Wait while the server is at capacity and every other client has a request running. Raises OSError."""
         self.enter(Phase.WAITING)
         while not self.server.admit(self):
-            if self.told_to_end:
+            if self.is_over:
                 raise ConnectionError("at capacity")
             yield from self.wait()
 
@@ -227,7 +227,7 @@ class Connection(asyncio.BufferedProtocol):
         self.enter(Phase.RESPONSE)
         yield from self.send(self.handler.wfile.take())
         self.be_idle()
-        return not (self.handler.close_connection or self.told_to_end)
+        return not (self.handler.close_connection or self.evicted)
 
     def be_idle(self) -> None:
         """Wait for the next request, of which a part may have arrived already."""
@@ -275,12 +275,16 @@ class Connection(asyncio.BufferedProtocol):
 
     @property
     def is_over(self) -> bool:
-        """Whether to stop waiting. Even if its place is needed, a request that has begun has until its deadline."""
-        return self.told_to_end and (self.phase is not Phase.REQUEST or time.monotonic() >= self.deadline)
+        """Whether to wait no more: the deadline has passed, or it is evicted, but not in the middle of a request."""
+        return time.monotonic() >= self.deadline or (self.evicted and self.phase is not Phase.REQUEST)
+
+    def evict(self) -> None:
+        """Make room for another connection, or for a stop."""
+        self.evicted = True
+        self.end()
 
     def end(self) -> None:
-        """Its deadline has passed, or its place is needed. What has arrived is still answered."""
-        self.told_to_end = True
+        """End it, because `is_over` says so. What has arrived is still answered."""
         if self.phase is Phase.HANDSHAKE:
             self.drop(TimeoutError(f"no complete handshake within {DEADLINES[Phase.HANDSHAKE]:.0f} s"))
         elif self.phase in (Phase.WAITING, Phase.IDLE, Phase.REQUEST) and not self.congested:

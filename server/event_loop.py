@@ -93,7 +93,7 @@ class EventLoopServer(http.server.HTTPServer):
 
     def keeps_alive(self, connection: Connection) -> bool:
         """Whether the connection may have another request after this one."""
-        return not (self.stopping or connection.told_to_end)
+        return not (self.stopping or connection.evicted)
 
     def refused(self, client_address: Any, reason: Exception) -> None:
         """Called once for each connection that is not served."""
@@ -140,7 +140,7 @@ class EventLoopServer(http.server.HTTPServer):
         if evicted:
             self.move(evicted, self.lingering)
             if evicted.is_idle:
-                evicted.end()
+                evicted.evict()
             else:
                 evicted.drop(ConnectionError("its place is needed"))
         return True
@@ -186,7 +186,7 @@ class EventLoopServer(http.server.HTTPServer):
                 if connection.phase is Phase.HANDSHAKE:
                     connection.drop(ConnectionError("the server is stopping"))
                 elif connection.phase in (Phase.WAITING, Phase.IDLE):
-                    connection.end()
+                    connection.evict()
             await asyncio.sleep(0.01)
         for connection in self.connections():
             connection.transport.abort()

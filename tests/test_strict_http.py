@@ -126,7 +126,7 @@ class CalledServer(TodoServer):
 
     def handler(self, name: str | None = "mtls-client") -> TodoHandler:
         """A handler of the requests of a client with this name."""
-        connection = SimpleNamespace(client=Client(name, math.inf), told_to_end=False, tls=self)
+        connection = SimpleNamespace(client=Client(name, math.inf), evicted=False, tls=self)
         return TodoHandler(connection, ("127.0.0.1", 50000), self)
 
     def answers(self, *pieces: bytes, name: str | None = "mtls-client") -> list[Answer]:

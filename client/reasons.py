@@ -115,7 +115,7 @@ def words(error: Exception) -> str:
     if isinstance(error, ssl.SSLCertVerificationError):
         return error.verify_message.partition(",")[0]   # what follows in a mismatch is the URL's host
     if isinstance(error, ssl.SSLError) and error.reason:
-        return re.sub("^(sslv3|tlsv1|tlsv13) alert ", "", error.reason.replace("_", " ").lower())
+        return re.sub("^(sslv3|tlsv1|tlsv13) (alert )?", "", error.reason.replace("_", " ").lower())
     return str(getattr(error, "strerror", None) or error or type(error).__name__)
 
 
@@ -136,7 +136,7 @@ def explain(error: Exception, url: str, cacert: Path, cert: Path | None = None) 
         step = step.format(kind="IP" if code == 64 else "DNS", **facts)
         return f"the server's certificate is not trusted: {said}; {step}"
     reason = getattr(error, "reason", None) or ""
-    if isinstance(error, ssl.SSLError) and "_ALERT_" in reason:
+    if isinstance(error, ssl.SSLError) and ("_ALERT_" in reason or reason.startswith("TLSV1_")):
         step = REFUSED.get(said, REFUSED["other"]) if cert else "that is not the alert for a missing certificate"
         return f"the server refused us: {said}; " + step.format(**facts)
     if reason in NOT_TLS:

@@ -435,7 +435,7 @@ class TestLog(HttpCase):
         sign_again("long name", rb"\x06\x03\x55\x04\x0d", b"\x06\x03\x55\x04\x03")
         with self.serving() as server, Talk(server.connect("long name")) as talk:
             before = server.peak_memory()
-            self.ask_unread(server, talk, 1500, status=403)
+            self.ask_unread(server, talk, 2500, status=403)   # more than wait in the queue, the pipe and the writer
             self.assertLess(server.peak_memory() - before, 10)
             server.stderr.reading.set()
             for line in server.stderr.wait_for("LOG | "):
